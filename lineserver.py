@@ -1,0 +1,982 @@
+"""What SMTP and POP3 stand on: threads, lines, deadlines, TLS, logins, the trace, starting and stopping.
+
+Both protocols are a conversation in lines: the client sends a verb and an argument, the server answers.  This module
+holds the mechanism and none of the words:
+
+- `LineReader`   lines and blocks from a socket, each with a limit and a deadline
+- `LineHandler`  one session: reads a line, looks the verb up in a table, sends the reply, counts errors
+- `LineServer`   one listener: threads, limits on sessions, TLS, an orderly end
+- `Trace`        the dialogue as a person wants to see it
+- `run`          one or several servers, in one or several processes, until a signal ends them
+
+A protocol subclasses `LineHandler`, fills `commands` and `replies`, and writes one method per verb that returns its
+reply.  See smtpd_simple.py and pop3d_simple.py.  There is no event loop: a thread per session keeps a dialogue
+straight code, and a thread that has finished takes the next connection.
+"""
+
+import binascii
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+
+VERSION = "1.0"
+
+MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RFC 2449 4 for 255, parameters add to it
+MAX_SASL_LINE = 12288  # octets of an answer in a login, RFC 4954 4
+MAX_ERRORS = 20  # in a row; a good command starts the count again
+MAX_LOGINS = 5  # failed ones on one connection
+MAX_GUESSES = 100  # failed ones from one address, without a good one between them ...
+GUESS_MEMORY = 600  # ... until it has been quiet for these seconds
+LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
+HANDSHAKE = 30  # seconds for a TLS handshake
+LINGER = 2  # seconds in which a client that still sends may read our last words
+SPARE_THREADS = 32  # threads that wait for a connection at most
+STOPPING = 8  # seconds that sessions have to end when the server stops
+SEND_BLOCK = 1 << 18  # octets collected before they are sent
+
+SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Disconnect(Exception):
+    """The session ends: the client left, or we end it; `reply` is said first when given."""
+
+    def __init__(self, why: str = "hung up", reply: str | None = None):
+        super().__init__(why)
+        self.reply = reply
+
+
+class Quit(Disconnect):
+    """The client has said good bye: nothing more is expected of it."""
+
+
+class Refused(Exception):
+    """What we will not do; its text is the reply."""
+
+
+# ---------------------------------------------------------------- pure helpers
+
+
+def printable(text: str) -> str:
+    """Return `text` with everything that could break a log line or a terminal escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address is this machine talking to itself."""
+    return host.startswith(("127.", "::ffff:127.")) or host in ("::1", "localhost")
+
+
+def show_address(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_address(text: str, default: int) -> tuple[str, int]:
+    """Read `host`, `host:port` or `[address]:port`; raise ValueError when it is none of them."""
+    host, colon, port = text, "", ""
+    if text.startswith("["):
+        host, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not port.startswith(":")):
+            raise ValueError(f"{text!r} is not [address]:port")
+        colon, port = port[:1], port[1:]
+    elif text.count(":") < 2:
+        host, colon, port = text.partition(":")
+    if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
+        raise ValueError(f"{text!r} is not host or host:port")
+    return host, int(port) if colon else default
+
+
+def stuff(blocks, line_start=True):
+    """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3); takes and yields blocks that hold CRLF lines."""
+    for block in blocks:
+        if line_start and block.startswith(b"."):
+            yield b"."
+        line_start = block.endswith(b"\n")
+        yield block.replace(b"\n.", b"\n..")
+
+
+# ---------------------------------------------------------------- what the client sends
+
+
+class LineReader:
+    """What a client sends, by lines and by blocks, each with a limit and a deadline.
+
+    `before_waiting` is called whenever reading is about to wait, and only then: replies that it flushes answer a
+    pipelined batch in one packet (RFC 2920 3.2).  Reading raises TimeoutError when the time is over and Disconnect
+    when the client is gone.
+    """
+
+    def __init__(self, sock, before_waiting):
+        self.sock, self.before_waiting = sock, before_waiting
+        self.buffer = bytearray()
+        self.seconds = None
+
+    def fill(self, seconds: float, size: int = MAX_LINE) -> None:
+        """Add what arrives next, up to `size` octets, to the buffer; wait `seconds` for it at most."""
+        self.before_waiting()
+        if seconds <= 0:
+            raise TimeoutError
+        if seconds != self.seconds:
+            self.sock.settimeout(seconds)
+            self.seconds = seconds
+        try:
+            block = self.sock.recv(size)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise Disconnect(f"lost: {error.strerror or error}") from None
+        if not block:
+            raise Disconnect("the client left")
+        self.buffer += block
+
+    def readline(self, limit: int, seconds: float) -> bytes:
+        """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
+        deadline, left, seen = time.monotonic() + seconds, seconds, 0
+        while (end := self.buffer.find(b"\n", seen, limit)) < 0 and len(self.buffer) < limit:
+            seen = len(self.buffer)
+            self.fill(left)
+            left = deadline - time.monotonic()
+        return self.take(end + 1 if end >= 0 else limit)
+
+    def take(self, size: int) -> bytes:
+        """Return and remove up to `size` octets that have arrived."""
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
+
+    def blocks(self, seconds: float, size: int):
+        """Yield what arrives in blocks of up to `size` octets, for as long as the caller wants more.
+
+        A line, or `size` octets without one, must arrive within `seconds`: a client that sends an octet a minute does
+        not hold the session for longer than one that sends nothing.
+        """
+        deadline, since = time.monotonic() + seconds, 0
+        while True:
+            if not self.buffer:
+                self.fill(deadline - time.monotonic(), size)
+            block = self.take(size)
+            since += len(block)
+            if since >= size or b"\n" in block:
+                deadline, since = time.monotonic() + seconds, 0
+            yield block
+
+    def skip_line(self, seconds: float) -> None:
+        """Read on to the end of a line that is too long, and forget it."""
+        deadline = time.monotonic() + seconds
+        while not self.readline(MAX_LINE, deadline - time.monotonic()).endswith(b"\n"):
+            pass
+
+
+# ---------------------------------------------------------------- one session
+
+
+class LineHandler(socketserver.BaseRequestHandler):
+    """One session, from the greeting to the close; a protocol fills in the words.
+
+    A subclass sets `protocol` (its name), `commands` (verb to function of handler and argument), `replies` (what is
+    said in the situations that this class meets), `error` (how a refusal begins), `challenge` (how a login asks),
+    `verbatim` (verbs whose argument keeps its spaces) and `secret` (verbs whose argument the trace masks, and how many
+    words of it may be shown).  A command returns its reply: a line, a list of lines, or None when it has answered.
+
+    Attributes: `peer` (host, port), `helo` (the name the client gave), `user` (the account that logged in, or None),
+    `tls` (whether the session is encrypted).
+    """
+
+    protocol = "LINE"
+    commands: dict = {}
+    replies: dict = {}
+    error: tuple = ()
+    challenge = "{}"
+    verbatim = frozenset()
+    secret: dict = {}
+    numbers = itertools.count(1)
+
+    def setup(self):
+        self.number = next(self.numbers)
+        self.peer = self.client_address[:2]
+        self.helo, self.user, self.tls = "", None, False
+        self.pending, self.pending_size = [], 0
+        self.errors = self.failed_logins = 0
+        self.bare_lf = None
+        self.reader = LineReader(self.request, self.flush)
+        self.thread = threading.current_thread()
+        self.server.sessions.add(self)
+
+    def handle(self):
+        """Converse until somebody ends it; the four ways it can end each have their own last words."""
+        why, farewell, linger = "the server stops", self.replies["stopping"], True
+        try:
+            self.converse()
+        except Disconnect as end:
+            if end.reply or not self.server.stopping.is_set():
+                why, farewell = str(end), end.reply
+            linger = bool(farewell) and (self.reader.buffer or not isinstance(end, Quit))
+        except TimeoutError:
+            why, farewell = "timed out", self.replies["timeout"]
+        except Exception:
+            why, farewell = "a bug", self.replies["bug"]
+            self.logger.exception("%s", self.tag())
+        self.close(farewell, linger)
+        self.log("closed: %s", why)
+
+    def converse(self):
+        self.log("connected from %s", show_address(*self.peer))
+        if self.server.implicit_tls:
+            self.start_tls()
+        self.reply(self.intercepted("CONNECT", "") or self.greeting())
+        while True:
+            reply = self.step()
+            self.reply(reply)
+            if not isinstance(reply, str) or not reply.startswith(self.error):
+                self.errors = 0
+            elif (errors := self.errors + 1) >= MAX_ERRORS:
+                raise Disconnect("too many errors", self.replies["errors"])
+            else:
+                self.errors = errors
+
+    def step(self):
+        """Read one command and return its reply."""
+        verb = "?"
+        try:
+            verb, _, argument = self.readline().partition(" ")
+            verb = verb.upper()
+            if verb not in self.verbatim:
+                argument = argument.strip(" \t")
+            reply = self.intercepted(verb, argument)
+            reply = self.command(verb, argument) if reply is None else reply
+        except Refused as refusal:
+            reply = str(refusal)
+        except TimeoutError:
+            raise
+        except OSError as error:  # sockets raise Disconnect, so this is the disk
+            self.logger.error("%s %s: %s", self.tag(), printable(verb[:20]), error)
+            reply = self.store_failed(error)
+        if isinstance(reply, str) and reply.startswith(self.error):
+            self.log("refused %s: %s", printable(verb[:20]), reply)
+        return reply
+
+    def command(self, verb: str, argument: str):
+        """Carry one command out; a protocol refines it with the rules of its states."""
+        function = self.commands.get(verb)
+        if function is None:
+            raise Refused(self.replies["unknown"])
+        return function(self, argument)
+
+    def intercepted(self, verb: str, argument: str) -> str | None:
+        """Return what the embedding program's hook answers in our place, if it wants to."""
+        return self.server.intercept(self, verb, argument) if self.server.intercept else None
+
+    def store_failed(self, error: OSError) -> str:
+        """Return the reply to a command that the disk made fail."""
+        return self.replies["disk"]
+
+    # ---- lines in and out
+
+    def readline(self, limit: int = MAX_LINE, secret: bool = False) -> str:
+        """Return the next line without its end; a longer one than `limit` octets is read to its end and refused."""
+        line = self.reader.readline(limit, self.server.timeout)
+        if not line.endswith(b"\n"):
+            self.reader.skip_line(self.server.timeout)
+            self.trace("C", f"({limit} octets and more without a line end)")
+            raise Refused(self.replies["long"])
+        if self.bare_lf is None:
+            self.bare_lf = not line.endswith(b"\r\n")
+        text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        if self.server.trace:
+            self.trace("C", "****" if secret else self.masked(text))
+        return text
+
+    def masked(self, line: str) -> str:
+        """Return a command line as the trace may show it."""
+        verb, *words = line.split(" ")
+        shown = self.secret.get(verb.upper())
+        return line if shown is None else " ".join([verb, *words[:shown], *["****"] * (len(words) > shown)])
+
+    def reply(self, reply) -> None:
+        """Queue a reply; it is sent when the session is about to wait."""
+        if reply is None:
+            return
+        lines = [reply] if isinstance(reply, str) else reply
+        if self.server.trace:
+            for line in lines:
+                self.trace("S", line)
+        self.write("".join([line + "\r\n" for line in lines]).encode("utf-8", "replace"))
+
+    def write(self, data: bytes) -> None:
+        """Queue octets as they are; what is waiting is sent when it grows large."""
+        self.pending.append(data)
+        self.pending_size += len(data)
+        if self.pending_size > SEND_BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is waiting; raise Disconnect when the client can't be reached or does not read."""
+        if not self.pending:
+            return
+        data = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
+        self.pending, self.pending_size = [], 0
+        try:
+            self.request.sendall(data)
+        except OSError as error:
+            raise Disconnect(f"lost: {error.strerror or error}") from None
+
+    def close(self, farewell: str | None, linger: bool) -> None:
+        """Say the last words, if any."""
+        try:
+            self.reply(farewell)
+            self.request.settimeout(LINGER)
+            self.flush()
+            if self.tls:
+                self.request.setblocking(False)
+                with contextlib.suppress(OSError):
+                    self.request.unwrap()  # sends close_notify; its answer is not waited for
+            if linger:
+                self.linger()
+        except (OSError, Disconnect, ValueError):
+            pass  # whoever is gone can't be told
+
+    def linger(self) -> None:
+        """Close our half and read on for a moment: closing on unread input would take back what we have just said."""
+        socket.socket.shutdown(self.request, socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER
+        while (left := deadline - time.monotonic()) > 0 and not self.server.stopping.is_set():
+            self.request.settimeout(left)
+            if not socket.socket.recv(self.request, SEND_BLOCK):
+                return
+
+    def finish(self):
+        self.server.sessions.discard(self)
+        self.request.close()
+
+    # ---- TLS
+
+    def start_tls(self) -> None:
+        """Encrypt the session; what was said before does not count (RFC 3207 4.2, RFC 2595 4).
+
+        Whoever has sent something in clear behind the command that asks for TLS is hung up on.  The handshake runs in
+        the session's own thread, under a deadline, so that a silent client holds up nobody.
+        """
+        if self.reader.buffer:
+            raise Disconnect("sent commands in clear behind the one that starts TLS")
+        self.flush()
+        try:
+            self.request.settimeout(min(HANDSHAKE, self.server.timeout))
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+        except OSError as error:
+            raise Disconnect(f"TLS: {error.strerror or error}") from None
+        self.reader = LineReader(self.request, self.flush)
+        self.helo, self.user, self.tls, self.bare_lf = "", None, True, None
+        self.log("TLS: %s %s", self.request.version(), self.request.cipher()[0])
+
+    # ---- logging in
+
+    def may_log_in_here(self) -> bool:
+        """Say whether a password may cross this connection."""
+        if self.tls:
+            return True
+        return not self.server.require_tls and (is_loopback(self.peer[0]) or self.server.tls is None)
+
+    def sasl(self, mechanism: str, initial: str | None) -> str:
+        """Carry out one SASL exchange (RFC 4422) and return the account's address; raise Refused."""
+        exchange = self.mechanisms.get(mechanism.upper())
+        if exchange is None:
+            raise Refused(self.replies["mechanism"])
+        return exchange(self, initial)
+
+    def ask(self, question: bytes) -> bytes:
+        """Send a challenge and return the decoded answer; `*` cancels."""
+        self.reply(self.challenge.format(binascii.b2a_base64(question, newline=False).decode()))
+        answer = self.readline(MAX_SASL_LINE, secret=True)
+        if answer == "*":
+            raise Refused(self.replies["cancelled"])
+        return self.decode(answer)
+
+    def decode(self, answer: str) -> bytes:
+        """Decode base64 strictly: alphabet, padding and nothing else."""
+        try:
+            return binascii.a2b_base64(answer.encode(), strict_mode=True)
+        except (ValueError, UnicodeEncodeError):
+            raise Refused(self.replies["base64"]) from None
+
+    def opening(self, initial: str | None, question: bytes) -> bytes:
+        """Return the client's first answer: the initial response (`=` is an empty one, RFC 4954 4), or ask for it."""
+        if initial is None:
+            return self.ask(question)
+        return b"" if initial == "=" else self.decode(initial)
+
+    def sasl_plain(self, initial):
+        identity, *rest = self.opening(initial, b"").split(b"\0")
+        if len(rest) != 2:
+            raise Refused(self.replies["plain"])
+        users, name = self.server.store.users, rest[0].decode("utf-8", "replace")
+        other = identity and users.login_address(identity.decode("utf-8", "replace")) != users.login_address(name)
+        return self.log_in(name, None if other else lambda: users.check_password(name, rest[1]))
+
+    def sasl_login(self, initial):
+        name = self.opening(initial, b"Username:").decode("utf-8", "replace")
+        password = self.ask(b"Password:")
+        return self.log_in(name, lambda: self.server.store.users.check_password(name, password))
+
+    def sasl_cram_md5(self, initial):
+        if initial is not None:
+            raise Refused(self.replies["initial"])
+        challenge = f"<{time.monotonic_ns()}.{os.urandom(8).hex()}@{self.server.hostname}>".encode()
+        name, _, digest = self.ask(challenge).decode("utf-8", "replace").rpartition(" ")
+        import hmac
+
+        def answer(password: bytes) -> str:
+            return hmac.new(password, challenge, "md5").hexdigest()
+
+        return self.log_in(name, lambda: self.server.store.users.check_digest(name, answer, digest))
+
+    mechanisms = {"LOGIN": sasl_login, "PLAIN": sasl_plain, "CRAM-MD5": sasl_cram_md5}
+
+    def log_in(self, name: str, check) -> str:
+        """Return the account that `check()` finds, or delay and refuse; after too many failures hang up."""
+        guesses, host = self.server.guesses, self.peer[0]
+        if guesses.exhausted(host):
+            raise Disconnect("too many failed logins from this address", self.replies["logins"])
+        address = check() if check else None
+        if address:
+            guesses.forgive(host)
+            self.log("logged in as %s", address)
+            return address
+        self.failed_logins += 1
+        self.log("failed login %d as %s", self.failed_logins, printable(name[:100]))
+        self.server.stopping.wait(guesses.failed(host))
+        if self.failed_logins >= MAX_LOGINS:
+            self.reply(self.replies["wrong"])
+            raise Disconnect("too many failed logins", self.replies["logins"])
+        raise Refused(self.replies["wrong"])
+
+    # ---- log and trace
+
+    @property
+    def logger(self) -> logging.Logger:
+        return self.server.logger
+
+    def tag(self) -> str:
+        """Return what every log line of this session begins with."""
+        return f"{self.protocol} {self.number}"
+
+    def log(self, text: str, *values) -> None:
+        """Log one fact about this session."""
+        self.logger.info(f"{self.protocol} {self.number} {text}", *values)
+
+    def trace(self, direction: str, text: str) -> None:
+        """Show one line of the dialogue, if anybody watches."""
+        if self.server.trace:
+            self.server.trace.line(self.protocol, self.number, direction, text)
+
+    def trace_data(self, direction: str, head: bytes, octets: int) -> None:
+        """Show a message that passes by its first lines and its size."""
+        if self.server.trace:
+            lines = head[:2000].decode("utf-8", "replace").splitlines()
+            for text in lines[: Trace.DATA_LINES]:
+                self.trace(direction, f"| {text}")
+            self.trace(direction, f"| ({octets} octets in all)")
+
+
+class Guesses:
+    """Failed logins by client address: each waits longer than the one before, and at last nobody listens."""
+
+    def __init__(self, first_delay: float):
+        self.first_delay, self.lock, self.known = first_delay, threading.Lock(), {}
+
+    def failed(self, host: str) -> float:
+        """Count one more failure; return the seconds that its answer has to wait."""
+        with self.lock:
+            if len(self.known) > 10_000:
+                self.known.clear()
+            count = self.count(host) + 1
+            self.known[host] = (count, time.monotonic())
+        return min(self.first_delay * 2 ** min(count - 1, 10), LONGEST_DELAY)
+
+    def count(self, host: str) -> int:
+        count, last = self.known.get(host, (0, 0.0))
+        return count if time.monotonic() - last < GUESS_MEMORY else 0
+
+    def exhausted(self, host: str) -> bool:
+        """Say whether an address has guessed so often that it is not listened to for a while."""
+        return self.count(host) >= MAX_GUESSES
+
+    def forgive(self, host: str) -> None:
+        """Forget the failures of an address from which somebody has logged in."""
+        self.known.pop(host, None)
+
+
+# ---------------------------------------------------------------- one listener
+
+
+class LineServer(socketserver.ThreadingTCPServer):
+    """One listener and its sessions: `with` serves in threads and stops them within a deadline.
+
+    Attributes: `host` and `port` (where it listens), `store`, `hostname`, `sessions` (the handlers that are live).
+    The listener is open, and a bad option or a port in use has raised, when the constructor returns.
+    """
+
+    request_queue_size = 1024  # socketserver's 5 makes a burst of clients wait for seconds
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+    daemon_threads = True
+    block_on_close = False
+    default_timeout = 300
+    login_delay = 0.25  # seconds before the first failed login is answered
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        handler: type[LineHandler],
+        store,
+        *,
+        hostname: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_self_signed: bool = False,
+        implicit_tls: bool = False,
+        require_tls: bool = False,
+        max_connections: int = 1000,
+        max_per_address: int | None = None,
+        timeout: float | None = None,
+        trace: bool = False,
+        intercept=None,
+    ):
+        self.store, self.hostname = store, hostname or socket.gethostname()
+        self.logger = logging.getLogger(handler.protocol.lower())
+        if tls_self_signed:
+            tls_cert, tls_key = self_signed(store.folder, self.hostname)
+        self.tls = tls_context(tls_cert, tls_key) if tls_cert else None
+        if (implicit_tls or require_tls) and not self.tls:
+            raise ValueError("TLS needs a certificate")
+        self.implicit_tls, self.require_tls = implicit_tls, require_tls
+        self.max_connections = max_connections
+        self.max_per_address = max_per_address or max_connections - max_connections // 10
+        self.timeout = timeout or self.default_timeout
+        self.trace, self.intercept = Trace() if trace is True else trace or None, intercept
+        self.sessions, self.by_address = set(), {}
+        self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
+        self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+        self.host, self.port = self.server_address[:2]
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Inherited by every connection: the last piece of a long answer must not wait for an acknowledgement.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().server_bind()
+
+    @property
+    def name(self) -> str:
+        return self.RequestHandlerClass.protocol + "S" * self.implicit_tls
+
+    # ---- threads: whoever accepts a connection first sees that somebody waits for the next
+
+    def start(self) -> None:
+        """Begin to serve, in threads of our own."""
+        self.add_thread()
+
+    def add_thread(self) -> None:
+        with self.lock:
+            self.waiting += 1
+        thread = threading.Thread(target=self.serve_forever, daemon=True, name=f"{self.name} {self.port}")
+        self.threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads to be had: those that serve will come back
+            self.threads.discard(thread)
+            with self.lock:
+                self.waiting -= 1
+
+    def serve_forever(self, poll_interval: float | None = None) -> None:
+        """Take a connection, serve it, come back for the next: the life of one thread."""
+        try:
+            while not self.stopping.is_set():
+                try:
+                    request, address = self.get_request()
+                except OSError:
+                    continue
+                self.process_request(request, address)
+                with self.lock:
+                    if self.waiting >= SPARE_THREADS:
+                        return
+                    self.waiting += 1
+        finally:
+            self.threads.discard(threading.current_thread())
+
+    def get_request(self):
+        """Accept a connection; out of descriptors, pause instead of spinning."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if not self.stopping.is_set() and not isinstance(error, ConnectionAbortedError):
+                if error.errno in SHORTAGE:
+                    self.logger.warning("%s can't accept a connection: %s", self.name, error.strerror)
+                self.stopping.wait(0.1)
+            raise
+
+    def process_request(self, request, client_address):
+        """Serve a connection, or turn it away when there are too many; see that another thread takes the next."""
+        host = client_address[0]
+        with self.lock:
+            self.waiting -= 1
+            alone = self.waiting == 0 and not self.stopping.is_set()
+            mine = self.by_address.get(host, 0)
+            welcome = self.busy < self.max_connections and mine < self.max_per_address
+            if welcome:
+                self.busy += 1
+                self.by_address[host] = mine + 1
+        if not welcome:
+            self.turn_away(request, client_address)
+            alone = False
+        if alone:
+            self.add_thread()
+        if not welcome:
+            return
+        try:
+            self.finish_request(request, client_address)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            request.close()
+            with self.lock:
+                self.busy -= 1
+                if self.by_address[host] == 1:
+                    del self.by_address[host]
+                else:
+                    self.by_address[host] -= 1
+
+    def turn_away(self, request, client_address) -> None:
+        """Say that there are too many sessions, without spending a thread or a wait on it."""
+        self.logger.info("%s turned away %s: too many sessions", self.name, show_address(*client_address[:2]))
+        try:
+            request.setblocking(False)
+            if not self.implicit_tls:
+                request.send(self.RequestHandlerClass.replies["busy"].encode() + b"\r\n")
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        request.close()
+
+    def handle_error(self, request, client_address):
+        self.logger.exception("%s session of %s", self.name, show_address(*client_address[:2]))
+
+    # ---- the end
+
+    def begin_stop(self) -> None:
+        """Stop accepting, and wake every session that waits for its client."""
+        self.stopping.set()
+        if not self.shared:
+            self.wake_acceptors()
+        for session in list(self.sessions):
+            try:
+                # Not the TLS socket's own shutdown(), which would drop the encryption under the session's feet.
+                socket.socket.shutdown(session.request, socket.SHUT_RD)
+            except (OSError, ValueError):
+                pass
+
+    def wake_acceptors(self) -> None:
+        """Make every accept() return: Linux does when the listener is shut down, other systems want a connection."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            for _ in range(self.waiting):
+                try:
+                    socket.create_connection(self.server_address[:2], 1).close()
+                except OSError:
+                    break
+
+    def server_close(self, seconds: float = STOPPING) -> None:
+        """Stop; sessions that are storing something get `seconds` to finish."""
+        self.begin_stop()
+        deadline = time.monotonic() + seconds
+        # In a process that shares its listener the threads without a session go on waiting at it.
+        threads = {session.thread for session in list(self.sessions)} if self.shared else set(self.threads)
+        for thread in threads - {threading.current_thread()}:
+            thread.join(max(deadline - time.monotonic(), 0))
+        super().server_close()
+
+    def shutdown(self) -> None:
+        """The name that `socketserver` has for stopping."""
+        self.server_close()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server_close()
+
+
+# ---------------------------------------------------------------- TLS certificates
+
+
+def tls_context(cert: str, key: str | None):
+    """Return a server's TLS settings, TLS 1.2 and up; raise OSError or ValueError naming a file that does not serve."""
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        raise ValueError(f"{cert}, {key or cert}: not a certificate and its key ({error.reason or error})") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, cert if not os.path.exists(cert) else key) from None
+    return context
+
+
+def self_signed(folder, hostname: str) -> tuple[str, str]:
+    """Return certificate and key for `hostname`, made once by the openssl program and kept beside the spool `folder`."""
+    stem = f"{os.path.abspath(folder)}.{hostname}"
+    cert, key = f"{stem}.cert.pem", f"{stem}.key.pem"
+    if os.path.exists(cert) and os.path.exists(key):
+        return cert, key
+    names = f"subjectAltName=DNS:{hostname},DNS:localhost,IP:127.0.0.1,IP:::1"
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    argv += ["-days", "3650", "-subj", f"/CN={hostname[:64]}", "-addext", names]
+    argv += ["-keyout", f"{key}.{os.getpid()}", "-out", f"{cert}.{os.getpid()}"]
+    try:
+        os.makedirs(os.path.dirname(stem), exist_ok=True)
+        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60)
+        for path in (key, cert):  # whole or not at all, should two servers start at once
+            os.chmod(f"{path}.{os.getpid()}", 0o600)
+            os.replace(f"{path}.{os.getpid()}", path)
+    except FileNotFoundError:
+        raise ValueError("--tls-self-signed needs the openssl program; none was found") from None
+    except subprocess.SubprocessError as error:
+        raise ValueError(
+            f"openssl made no certificate: {(getattr(error, 'stderr', '') or str(error)).strip()}"
+        ) from None
+    return cert, key
+
+
+# ---------------------------------------------------------------- the trace
+
+
+class Trace:
+    """The dialogue, live, a line per line: time, protocol, session, direction, text; in colour on a terminal."""
+
+    DATA_LINES = 6  # of a message that passes
+    COLOURS = {"C": "36", "S": "32", "error": "31", "dim": "2"}
+
+    def __init__(self, stream=None):
+        self.stream = stream or sys.stderr
+        self.colour = self.stream.isatty() and not os.environ.get("NO_COLOR")
+
+    def line(self, protocol: str, number: int, direction: str, text: str) -> None:
+        """Show one line; `direction` is C (the client said it) or S (the server)."""
+        now = time.time()
+        head = f"{time.strftime('%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {protocol:5}{number:>4}"
+        text = printable(text)
+        if self.colour:
+            failed = direction == "S" and text[:1] in ("4", "5", "-")
+            tone = self.COLOURS["error" if failed else direction]
+            head, text = f"\x1b[{self.COLOURS['dim']}m{head}\x1b[0m", f"\x1b[{tone}m{direction}: {text}\x1b[0m"
+        else:
+            text = f"{direction}: {text}"
+        self.stream.write(f"{head}  {text}\n")
+        self.stream.flush()
+
+
+# ---------------------------------------------------------------- the command line that both programs share
+
+
+def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
+    """Add the options that both programs have to an argparse parser."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen on (%(default)s: this machine only)")
+    add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
+    for flag, usual in tls_ports:
+        add(
+            flag,
+            type=port_number,
+            nargs="?",
+            const=usual,
+            metavar="P",
+            help=f"TLS from the first byte on this port ({usual})",
+        )
+    add("--users", default=None, metavar="FILE", help="accounts (users.txt, else the one beside this program)")
+    add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
+    add("--hostname", metavar="NAME", help="our name in the greeting and in mail (this machine's)")
+    add("--tls-cert", metavar="FILE", help="certificate (PEM) for TLS; needs --tls-key")
+    add("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
+    add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
+    add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
+    add(
+        "--max-connections",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="sessions at a time, per process and port (%(default)s)",
+    )
+    add("--timeout", type=positive, metavar="SECONDS", help="for a line to arrive, then the session ends")
+    add(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that share the work, a core each (%(default)s)",
+    )
+    add("--trace", action="store_true", help="show every line of every dialogue on stderr")
+    add("--version", action="version", version=f"%(prog)s {VERSION}")
+
+
+def port_number(text: str) -> int:
+    """Read a port for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise ValueError
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Read a number above zero for argparse."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError
+    return int(text)
+
+
+def check_options(parser, args) -> None:
+    """End with a usage error when options contradict each other."""
+    if bool(args.tls_cert) != bool(args.tls_key):
+        parser.error("--tls-cert and --tls-key go together")
+    if args.tls_cert and args.tls_self_signed:
+        parser.error("--tls-cert and --tls-self-signed exclude each other")
+    wants_tls = args.require_tls or any(getattr(args, f"{p}_port", None) is not None for p in ("smtps", "pop3s"))
+    if wants_tls and not (args.tls_cert or args.tls_self_signed):
+        parser.error("TLS needs --tls-cert and --tls-key, or --tls-self-signed")
+    if args.processes > 1 and not hasattr(os, "fork"):
+        parser.error("--processes needs a system with fork()")
+
+
+def shared_options(args) -> dict:
+    """Return the keywords of a server class for the options that both programs have."""
+    names = "hostname tls_cert tls_key tls_self_signed require_tls max_connections timeout trace".split()
+    return {name: getattr(args, name) for name in names}
+
+
+def log_to_stderr() -> None:
+    """Send the log to stderr, a line per fact, without the bookkeeping that no line shows."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+
+
+def main(program: str, serve) -> int:
+    """Run `serve()` and turn what can go wrong at the start into one line on stderr and an exit status."""
+    try:
+        return serve()
+    except ValueError as error:  # a broken users file, options that don't fit
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        print(f"{program}: {what}", file=sys.stderr)
+        return 1
+
+
+def listen(make, address: tuple[str, int], *args, **options):
+    """Make a server; an address that can't be had is an error that names it."""
+    try:
+        return make(address, *args, **options)
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), show_address(*address)) from None
+        raise
+
+
+def run(servers: list[LineServer], processes: int, notice: str) -> int:
+    """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
+    log_to_stderr()
+    for server in servers:
+        print(f"{server.name} listening on {show_address(server.host, server.port)}")
+    print(notice, flush=True)
+    threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
+    signal.signal(signal.SIGTERM, interrupt)
+    if processes == 1:
+        hold_to_core(os.getpid())
+        serve_here(servers)
+    else:
+        supervise(servers, processes)
+    return 0
+
+
+def interrupt(*_):
+    """End the main thread's wait; it does nothing else, so no lock is held here."""
+    raise KeyboardInterrupt
+
+
+def serve_here(servers: list[LineServer]) -> None:
+    """Serve in this process until a signal comes."""
+    try:
+        for server in servers:
+            server.start()
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for server in servers:
+        server.begin_stop()
+    deadline = time.monotonic() + STOPPING
+    for server in servers:
+        server.server_close(max(deadline - time.monotonic(), 0.1))
+
+
+def hold_to_core(number: int) -> None:
+    """Keep this process on one core, where the system can: threads that share an interpreter lock lose half their
+    speed when it has to travel between cores."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def supervise(servers: list[LineServer], processes: int) -> None:
+    """Keep `processes` copies of this process serving the same listeners; start again what dies."""
+    alive, children = os.pipe(), {}
+    try:
+        while True:
+            for index in set(range(processes)) - set(children.values()):
+                children[start_child(servers, index, alive)] = index
+            pid, status = os.wait()
+            logging.error("process %d ended (%d), another takes its place", pid, os.waitstatus_to_exitcode(status))
+            del children[pid]
+            time.sleep(0.1)  # one that can't live must not keep us busy
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for pid in children:
+        os.kill(pid, signal.SIGTERM)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -> int:
+    """Fork a process that serves until it gets a signal or its parent is gone; return its id."""
+    if pid := os.fork():
+        return pid
+    try:
+        os.close(alive[1])
+        hold_to_core(os.getppid() + index)
+        for server in servers:
+            server.shared = True
+        threading.Thread(target=follow, args=(alive[0],), daemon=True).start()
+        serve_here(servers)
+    except BaseException:
+        logging.exception("process %d", os.getpid())
+        os._exit(1)
+    os._exit(0)
+
+
+def follow(pipe: int) -> None:
+    """Wait until the parent, which alone holds the pipe's other end, is gone; then end as if told to."""
+    os.read(pipe, 1)
+    os.kill(os.getpid(), signal.SIGTERM)

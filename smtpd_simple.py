@@ -1,0 +1,1278 @@
+"""An SMTP server: takes mail for the mailboxes of users.txt, relays what logged-in users send elsewhere, reports back.
+
+    python smtpd_simple.py                       SMTP on 127.0.0.1:1025
+    python smtpd_simple.py --pop3                SMTP and POP3: the whole mail server
+    python smtpd_simple.py --relay mail.example.net --tls-self-signed
+
+RFC 5321 with the extensions that EHLO shows.  What it refuses to be: an open relay (mail for elsewhere needs a login
+and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS.
+
+In a test:
+
+    store = Store("spool", {"alice@example.test": "wonderland"}, sync=False)
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        ...                                      # send something to smtp.host, smtp.port
+        [message] = store.wait("alice@example.test")
+
+A message's way: `SMTPHandler` reads lines, keeps an `Envelope` -> `Arrival` reads the content -> store.py puts it on
+disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Relay` sends it on through smtplib.
+"""
+
+import dataclasses
+import errno
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+
+import lineserver
+from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, is_loopback, printable, show_address, stuff
+from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, Copy, Incoming, Store, users_file, wire
+
+__all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
+
+MAX_SIZE = 102_400_000  # octets of a message, as EHLO says (RFC 1870)
+MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the client sends the rest later
+MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 wants loops found at no fewer than 100 or so, we meet shorter ways
+READ_BLOCK = 1 << 18  # octets of a message that are read at once
+MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
+
+# RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII
+UTF8 = "\xa0-\ud7ff\ue000-\U0010ffff"
+ATOM = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{UTF8}-]+"
+DOT_STRING = rf"{ATOM}(?:\.{ATOM})*"
+QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*"'
+LABEL = rf"[A-Za-z0-9_{UTF8}](?:[A-Za-z0-9_{UTF8}-]*[A-Za-z0-9_{UTF8}])?"
+DOMAIN = rf"{LABEL}(?:\.{LABEL})*"
+LITERAL = r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+)\]"
+PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?({DOT_STRING}|{QUOTED})@({DOMAIN}|{LITERAL})>", re.IGNORECASE)
+XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
+
+MAIL_PARAMETERS = {  # what each may be; None: no value
+    "SIZE": r"[0-9]{1,20}",  # RFC 1870
+    "BODY": r"7BIT|8BITMIME",  # RFC 6152
+    "SMTPUTF8": None,  # RFC 6531
+    "AUTH": rf"{XTEXT}{{1,500}}",  # RFC 4954 5
+    "RET": r"FULL|HDRS",  # RFC 3461 4.3
+    "ENVID": rf"{XTEXT}{{1,100}}",  # RFC 3461 4.4
+}
+RCPT_PARAMETERS = {
+    "NOTIFY": r"NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*",  # RFC 3461 4.1
+    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};(?:{XTEXT}|[{UTF8}]){{1,500}}",  # RFC 3461 4.2, RFC 6533 3
+}
+HELLO = re.compile(r"[!-~]{1,255}")
+NODE = re.compile(rf"#|@?{DOMAIN}", re.IGNORECASE)
+
+
+# ---------------------------------------------------------------- pure helpers
+
+
+def parse_path(text: str) -> tuple[str, str]:
+    """Read `<path>` at the start of `text`; return the address, quotes undone where it can be, and what follows it.
+
+    A source route is read and dropped (RFC 5321 C), `<>` is the address "".  Raises ValueError saying what is wrong.
+    """
+    text = text.lstrip(" ")
+    if text.startswith("<>"):
+        return "", text[2:]
+    if text[:12].lower() == "<postmaster>":  # RFC 5321 4.1.1.3
+        return text[1:11], text[12:]
+    match = PATH.match(text)
+    if not match or not match[0].isprintable():
+        raise ValueError("write the address as <name@domain>")
+    local, domain = match.groups()
+    if local.startswith('"'):
+        plain = re.sub(r"\\(.)", r"\1", local[1:-1])
+        local = plain if re.fullmatch(DOT_STRING, plain) else local
+    if len(local.encode()) > MAX_LOCAL or len(domain.encode()) > MAX_DOMAIN:
+        raise ValueError(f"the address is longer than {MAX_LOCAL}@{MAX_DOMAIN} octets")
+    return f"{local}@{domain}", text[match.end() :]
+
+
+def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
+    """Read ` KEY=value KEY` by a table of what each value may be; keys come in upper case, values untouched.
+
+    Raises Refused: 501 for a bad or repeated one, 555 for one that EHLO does not offer (RFC 5321 4.1.1.11).
+    """
+    if text and not text.startswith(" "):
+        raise Refused("501 5.5.4 A space belongs behind the >")
+    found = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        name = name.upper()
+        if not re.fullmatch(r"[A-Z0-9][A-Z0-9-]*", name) or (equals and not value):
+            raise Refused("501 5.5.4 Write parameters as KEY=value")
+        if name not in known:
+            raise Refused("555 5.5.4 A parameter that is not offered here; EHLO shows those that are")
+        if name in found:
+            raise Refused(f"501 5.5.4 {name} is there twice")
+        if bool(equals) != bool(known[name]) or (equals and not re.fullmatch(known[name], value, re.IGNORECASE)):
+            raise Refused(f"501 5.5.4 Bad value for {name}")
+        found[name] = value if equals else None
+    return found
+
+
+def unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
+    """Undo dot-stuffing (RFC 5321 4.5.2) in a piece of a DATA section that begins with the CRLF before its first line.
+
+    Returns (content, rest, ended).  Until the end of data has come, `rest` stands before the next piece; then it is
+    what the client sent behind it.  Only CRLF.CRLF ends data: whoever takes less can be made to see commands in a
+    message.
+    """
+    end = data.find(b"\r\n.\r\n")
+    if end >= 0:
+        return data[: end + 2].replace(b"\r\n.", b"\r\n"), data[end + 5 :], True
+    cut = max(len(data) - 4, 0)  # what may be the beginning of the end stays in the rest, with the CRLF before a dot
+    if data[cut - 1 : cut + 1] == b"\r\n":
+        cut -= 1
+    elif data[max(cut - 2, 0) : cut + 1] == b"\r\n.":
+        cut -= 2
+    return data[:cut].replace(b"\r\n.", b"\r\n"), data[cut:], False
+
+
+class Newlines:
+    """Turns bare CR and bare LF into CRLF, block by block; `bare` counts them."""
+
+    def __init__(self):
+        self.held, self.bare = b"", 0
+
+    def feed(self, block: bytes) -> bytes:
+        """Return a block with proper line ends; a CR at its end waits for what follows."""
+        block = self.held + block
+        self.held = b"\r" if block.endswith(b"\r") else b""
+        block = block.removesuffix(b"\r")
+        bare = block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
+        if not bare:
+            return block
+        self.bare += bare
+        return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
+
+    def end(self) -> bytes:
+        """Return what is still held back."""
+        self.bare += bool(self.held)
+        held, self.held = self.held, b""
+        return b"\r\n" if held else b""
+
+
+def mail_date(seconds: float) -> str:
+    """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
+    t = time.localtime(seconds)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
+    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
+    zone = f"{'-' if t.tm_gmtoff < 0 else '+'}{abs(t.tm_gmtoff) // 3600:02d}{abs(t.tm_gmtoff) // 60 % 60:02d}"
+    return f"{day}, {t.tm_mday:02d} {month} {t.tm_year} {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} {zone}"
+
+
+def count_hops(header: bytes) -> int:
+    """Return how many hosts a message has come through, by its `Received` fields."""
+    return len(re.findall(rb"(?mi)^received[ \t]*:", header))
+
+
+def unxtext(text: str) -> str:
+    """Decode xtext (RFC 3461 4); what would not be printable stays as it was."""
+    plain = re.sub(r"\+([0-9A-Fa-f]{2})", lambda match: chr(int(match[1], 16)), text)
+    return plain if plain.isprintable() else text
+
+
+# ---------------------------------------------------------------- one message
+
+
+@dataclasses.dataclass
+class Recipient:
+    """One RCPT: where it leads (mailboxes here, or none: elsewhere) and what its sender wants to hear (RFC 3461)."""
+
+    address: str
+    mailboxes: list[str]
+    notify: str | None = None
+    orcpt: str | None = None
+
+    def wants(self, event: str) -> bool:
+        """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; without NOTIFY, about failure."""
+        return event in (self.notify or "FAILURE").upper().split(",")
+
+
+@dataclasses.dataclass
+class Envelope:
+    """What MAIL and RCPT have said about one message; there is one while a transaction is open, and none otherwise.
+
+    `sender` is the reverse path without its brackets; "" is the null sender.  `refused` counts refused recipients.
+    """
+
+    sender: str
+    parameters: dict
+    id: str
+    accepted: list[Recipient] = dataclasses.field(default_factory=list)
+    refused: int = 0
+    arrival: "Arrival | None" = None  # once BDAT has begun
+
+    @property
+    def recipients(self) -> list[str]:
+        """The addresses that were accepted."""
+        return [recipient.address for recipient in self.accepted]
+
+
+class Arrival:
+    """The content of one message while it comes in: counts it, checks it, stores it.
+
+    What goes wrong is remembered and said at the end: a client can't be interrupted (RFC 5321 4.5.4.2).
+    """
+
+    def __init__(self, session: "SMTPHandler", envelope: Envelope):
+        self.session, self.envelope = session, envelope
+        self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
+        self.newlines, self.header, self.in_header = Newlines(), b"", True
+        self.incoming = Incoming(session.server.store, session.copies(envelope))
+
+    def add(self, block: bytes) -> None:
+        """Take a piece of the content."""
+        self.put(self.newlines.feed(block))
+
+    def put(self, block: bytes) -> None:
+        self.octets += len(block)
+        if self.octets > self.limit:
+            self.refuse(f"552 5.3.4 The message is larger than {self.limit} octets")
+        if self.refusal or not block:
+            return
+        if self.in_header:
+            self.header += block
+            self.in_header = b"\r\n\r\n" not in self.header and len(self.header) < BLOCK
+        try:
+            self.incoming.write(block)
+        except OSError as error:
+            self.refuse(self.session.store_failed(error))
+
+    def refuse(self, reply: str) -> None:
+        self.refusal = self.refusal or reply
+        self.incoming.close()
+        self.incoming.blocks = []
+
+    def finish(self) -> str:
+        """Put the message on disk and return the reply to its end."""
+        session, envelope = self.session, self.envelope
+        self.put(self.newlines.end())
+        session.trace_data("C", self.header, self.octets)
+        if self.newlines.bare:
+            session.log("%s: %d bare CR or LF made CRLF", envelope.id, self.newlines.bare)
+        if count_hops(self.header.partition(b"\r\n\r\n")[0]) >= MAX_HOPS:
+            self.refuse(f"554 5.4.6 The message has come through {MAX_HOPS} hosts: a loop")
+        if reply := self.refusal or session.intercepted(".", ""):
+            return reply
+        try:
+            paths = self.incoming.commit(session.queue_entry(envelope, self.octets))
+        except OSError as error:
+            session.logger.error("%s %s: %s", session.tag(), envelope.id, error)
+            return session.store_failed(error)
+        session.stored(envelope, self.octets, paths)
+        return f"250 2.0.0 Ok: queued as {envelope.id}"
+
+    def close(self) -> None:
+        """Let go of the files, and of the message if it was not finished."""
+        self.incoming.close()
+
+
+# ---------------------------------------------------------------- one session
+
+
+class SMTPHandler(LineHandler):
+    """One SMTP session.  `envelope` is None outside a mail transaction: that is all the state there is to reset."""
+
+    protocol = "SMTP"
+    error = ("5",)
+    challenge = "334 {}"
+    secret = {"AUTH": 1}
+    replies = {
+        "busy": "421 4.7.0 Too many sessions, try again later",
+        "stopping": "421 4.3.2 The server is stopping",
+        "timeout": "421 4.4.2 Nothing came in time, good bye",
+        "bug": "421 4.3.0 Our mistake; it has been logged",
+        "errors": "421 4.7.0 Too many errors, good bye",
+        "logins": "421 4.7.0 Too many failed logins, good bye",
+        "unknown": "500 5.5.2 There is no such command; HELP lists those there are",
+        "long": "500 5.5.6 The line is too long",
+        "disk": "451 4.3.0 Our disk failed, try again later",
+        "full": "452 4.3.1 Our disk is full, try again later",
+        "mechanism": "504 5.5.4 Unknown mechanism; EHLO shows those there are",
+        "cancelled": "501 5.7.0 Login cancelled",
+        "base64": "501 5.5.2 That is not base64",
+        "plain": "501 5.5.2 Send base64 of \\0name\\0password",
+        "initial": "501 5.7.0 CRAM-MD5 begins with our challenge: send AUTH CRAM-MD5",
+        "wrong": "535 5.7.8 Wrong name or password",
+    }
+    ids = itertools.count(1)
+
+    def setup(self):
+        super().setup()
+        self.esmtp, self.envelope = False, None
+
+    def finish(self):
+        self.reset()
+        super().finish()
+
+    def greeting(self):
+        return f"220 {self.server.hostname} ESMTP smtpd_simple, ready"
+
+    def store_failed(self, error):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return self.replies["full" if full else "disk"]
+
+    def start_tls(self):
+        super().start_tls()
+        self.esmtp = False
+        self.reset()
+
+    def reset(self):
+        """End the mail transaction, if there is one."""
+        if self.envelope and self.envelope.arrival:
+            self.envelope.arrival.close()
+        self.envelope = None
+
+    def command(self, verb, argument):
+        if verb in self.commands and self.server.require_tls and not self.tls and verb not in self.before_tls:
+            self.skip_chunk(verb, argument)
+            raise Refused("530 5.7.0 STARTTLS first")
+        if verb in self.commands and self.server.require_auth and not self.user and verb not in self.before_login:
+            self.skip_chunk(verb, argument)
+            raise Refused("530 5.7.0 AUTH first")
+        if argument and verb in self.without_argument:
+            raise Refused(f"501 5.5.4 {verb} takes nothing behind it")
+        return super().command(verb, argument)
+
+    def intercepted(self, verb, argument):
+        reply = super().intercepted(verb, argument)
+        if reply is not None:
+            self.skip_chunk(verb, argument)
+        return reply
+
+    # ---- hello
+
+    def helo_(self, argument):
+        """HELO your.host.name -- say who you are, without extensions; EHLO is better"""
+        self.say_hello(argument, "HELO")
+        return f"250 {self.server.hostname}"
+
+    def ehlo_(self, argument):
+        """EHLO your.host.name -- say who you are and see what this server can do"""
+        self.say_hello(argument, "EHLO")
+        lines = [f"{self.server.hostname} greets you", *self.keywords()]
+        return [f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"]
+
+    def say_hello(self, argument, verb):
+        if not HELLO.fullmatch(argument):
+            raise Refused(f"501 Write {verb} and your host's name")
+        self.helo, self.esmtp = argument, verb == "EHLO"
+        self.reset()
+
+    def keywords(self):
+        """Return what EHLO shows, in the order of the class's example."""
+        server, limits = self.server, f"LIMITS RCPTMAX={MAX_RECIPIENTS}"
+        words = ["PIPELINING", f"SIZE {server.size_limit}", "VRFY", "ETRN"]
+        if server.tls and not self.tls:
+            words.append("STARTTLS")
+        if self.may_log_in_here():
+            words += [f"AUTH {' '.join(self.mechanisms)}", "AUTH=LOGIN PLAIN"]
+        return [*words, "ENHANCEDSTATUSCODES", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN", limits, "EXPN", "HELP"]
+
+    def starttls(self, argument):
+        """STARTTLS -- encrypt the session; then EHLO again"""
+        if self.tls:
+            raise Refused("503 5.5.1 The session is encrypted already")
+        if not self.server.tls:
+            raise Refused("502 5.5.1 There is no certificate here, so no TLS")
+        self.reply("220 2.0.0 Go ahead with TLS")
+        self.start_tls()
+
+    def auth(self, argument):
+        """AUTH LOGIN -- log in; name and password are asked for, in base64"""
+        mechanism, *initial = argument.split()
+        if self.user:
+            raise Refused(f"503 5.5.1 You are logged in as {self.user}")
+        if self.envelope:
+            raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
+        if not self.helo:
+            raise Refused("503 5.5.1 EHLO first")
+        if not self.may_log_in_here():
+            raise Refused("538 5.7.11 STARTTLS first: a password must not cross this line in clear")
+        if len(initial) > 1:
+            raise Refused("501 5.5.4 Write AUTH mechanism or AUTH mechanism base64")
+        self.user = self.sasl(mechanism, initial[0] if initial else None)
+        return f"235 2.7.0 Welcome, {self.user}"
+
+    # ---- the mail transaction
+
+    def mail(self, argument):
+        """MAIL FROM:<you@example.test> -- begin a message: who sends it (<> is nobody)"""
+        if not self.helo:
+            raise Refused("503 5.5.1 EHLO first")
+        if self.envelope:
+            raise Refused("503 5.5.1 There is a sender already; RCPT, or RSET to begin again")
+        sender, rest = self.path(argument, "FROM", "501 5.1.7")
+        if sender == "postmaster":
+            raise Refused("501 5.1.7 Bad sender: write the address as <name@domain>")
+        parameters = parse_parameters(rest, MAIL_PARAMETERS if self.esmtp else {})
+        if not sender.isascii() and "SMTPUTF8" not in parameters:
+            raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8")
+        if int(parameters.get("SIZE") or 0) > self.server.size_limit:
+            raise Refused(f"552 5.3.4 This server takes {self.server.size_limit} octets at most")
+        stamp = f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(self.ids) & 0xFFF:03X}"
+        self.envelope = Envelope(sender, parameters, stamp)
+        return f"250 2.1.0 Sender <{sender}> ok"
+
+    def rcpt(self, argument):
+        """RCPT TO:<alice@example.test> -- who shall get it; once for each recipient"""
+        if self.envelope is None:
+            raise Refused("503 5.5.1 MAIL first")
+        if self.envelope.arrival:
+            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or RSET")
+        if len(self.envelope.accepted) >= MAX_RECIPIENTS:
+            return f"452 4.5.3 {MAX_RECIPIENTS} recipients at most; send the message again to the others"
+        self.envelope.refused += 1  # until we know better
+        address, rest = self.path(argument, "TO", "501 5.1.3")
+        if not address:
+            raise Refused("501 5.1.3 Bad recipient: <> is nobody")
+        parameters = parse_parameters(rest, RCPT_PARAMETERS if self.esmtp else {})
+        if not address.isascii() and "SMTPUTF8" not in self.envelope.parameters:
+            raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8 at MAIL")
+        recipient = Recipient(address, self.resolve(address), parameters.get("NOTIFY"), parameters.get("ORCPT"))
+        self.envelope.accepted.append(recipient)
+        self.envelope.refused -= 1
+        return f"250 2.1.5 Recipient <{address}> ok"
+
+    def path(self, argument, word, code):
+        """Read `FROM:<path>` or `TO:<path>`; return the address and what follows."""
+        name, colon, rest = argument.partition(":")
+        if not colon or name.rstrip(" ").upper() != word:
+            raise Refused(f"501 5.5.4 Write {word}:<name@domain>")
+        try:
+            return parse_path(rest)
+        except ValueError as error:
+            raise Refused(f"{code} Bad {'sender' if word == 'FROM' else 'recipient'}: {error}") from None
+
+    def resolve(self, address):
+        """Return the mailboxes that an address reaches; none means that it goes on to another host."""
+        users, relay, domain = self.server.store.users, self.server.relay, address.rpartition("@")[2]
+        local = "@" not in address or users.is_local(domain)
+        mailboxes = users.mailboxes(address) if local or not relay.has_route_of_its_own(domain) else []
+        if mailboxes:
+            return mailboxes
+        if local:
+            raise Refused(f"550 5.1.1 <{address}>: nobody of that name here")
+        if not self.user:
+            raise Refused(f"550 5.7.1 <{address}>: not a mailbox here; log in (AUTH) to send mail elsewhere")
+        if not relay.route(domain):
+            raise Refused(f"550 5.7.1 <{address}>: not a mailbox here, and no route leads there")
+        return []
+
+    def need_recipients(self):
+        if self.envelope is None:
+            raise Refused("503 5.5.1 MAIL first")
+        if not self.envelope.accepted:
+            if self.envelope.refused:
+                raise Refused("554 5.5.1 No recipient was accepted; RCPT again, or RSET")
+            raise Refused("503 5.5.1 RCPT first")
+
+    def data(self, argument):
+        """DATA -- the message: header lines, an empty line, text; then a line with only a dot"""
+        self.need_recipients()
+        if self.envelope.arrival:
+            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or RSET")
+        envelope, self.envelope = self.envelope, None
+        arrival = Arrival(self, envelope)
+        self.reply("354 Send the message; a line with only a dot ends it")
+        try:
+            for block in self.content():
+                arrival.add(block)
+            return arrival.finish()
+        finally:
+            arrival.close()
+
+    def content(self):
+        """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
+        newlines, rest, started = Newlines() if self.bare_lf else None, b"\r\n", False
+        for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
+            if newlines:  # a person with netcat: LF ends lines, see README
+                block = newlines.feed(block)
+            content, rest, ended = unstuff(rest + block)
+            if content:
+                yield content if started else content[2:]
+                started = True
+            if ended:
+                break
+        self.reader.buffer[:0] = rest
+
+    def bdat(self, argument):
+        """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""
+        size, last = self.chunk(argument)
+        octets = self.read_chunk(size)
+        try:
+            self.need_recipients()
+            arrival = self.envelope.arrival = self.envelope.arrival or Arrival(self, self.envelope)
+        except (Refused, OSError):
+            for _ in octets:
+                pass
+            raise
+        for block in octets:
+            arrival.add(block)
+        if arrival.refusal or last:
+            reply = arrival.refusal or arrival.finish()
+            self.reset()
+            return reply
+        return f"250 2.0.0 {size} octets taken"
+
+    def chunk(self, argument):
+        """Read `size [LAST]` (RFC 3030 2)."""
+        match = re.fullmatch(r"([0-9]{1,20})(?: +(LAST))?", argument, re.IGNORECASE | re.ASCII)
+        if not match:
+            raise Refused("501 5.5.4 Write BDAT size or BDAT size LAST")
+        return int(match[1]), bool(match[2])
+
+    def read_chunk(self, size):
+        """Yield the octets of a chunk."""
+        blocks = self.reader.blocks(self.server.timeout, READ_BLOCK)
+        while size:
+            block = next(blocks)
+            if len(block) > size:
+                block, self.reader.buffer[:0] = block[:size], block[size:]
+            size -= len(block)
+            yield block
+
+    def skip_chunk(self, verb, argument):
+        """Read a chunk that comes with a refused BDAT: it is no command."""
+        if verb == "BDAT":
+            for _ in self.read_chunk(self.chunk(argument)[0]):
+                pass
+
+    def rset(self, argument):
+        """RSET -- forget the message that has begun"""
+        self.reset()
+        return "250 2.0.0 Ok"
+
+    # ---- what becomes of the message
+
+    def copies(self, envelope):
+        """Return a copy per mailbox, each with its trace fields, and one for the queue if any of it goes elsewhere."""
+        received, copies = self.received(envelope), {}
+        for recipient in envelope.accepted:
+            for mailbox in recipient.mailboxes:
+                if mailbox not in copies:
+                    head = f"Return-Path: <{envelope.sender}>\r\nDelivered-To: {mailbox}\r\n{received}"
+                    if mailbox.lower() != recipient.address.lower():
+                        head += f"X-Original-To: {recipient.address}\r\n"
+                    copies[mailbox] = Copy(self.server.store.mailbox(mailbox), head.encode())
+        if not all(recipient.mailboxes for recipient in envelope.accepted):
+            copies[None] = Copy(self.server.store.queue_folder, received.encode(), envelope.id)
+        return list(copies.values())
+
+    def received(self, envelope):
+        """Return the trace field of this hop (RFC 5321 4.4, `with` by RFC 3848 and RFC 6531 4.3)."""
+        protocol = "UTF8SMTP" if "SMTPUTF8" in envelope.parameters else "ESMTP" if self.esmtp else "SMTP"
+        protocol += "S" * self.tls + "A" * bool(self.user)
+        ip = f"IPv6:{self.peer[0]}" if ":" in self.peer[0] else self.peer[0]
+        only = f"\r\n\tfor <{envelope.accepted[0].address}>" if len(envelope.accepted) == 1 else ""
+        by = f"\tby {self.server.hostname} with {protocol} id {envelope.id}{only}; {mail_date(time.time())}\r\n"
+        return f"Received: from {self.helo} ([{ip}])\r\n{by}"
+
+    def queue_entry(self, envelope, octets):
+        """Return the queue's record of a message for other hosts, or None when all of it stays here."""
+        remote = [recipient for recipient in envelope.accepted if not recipient.mailboxes]
+        return new_entry(envelope.id, envelope.sender, remote, envelope.parameters, octets) if remote else None
+
+    def stored(self, envelope, octets, paths):
+        """Tell everybody who wants to know that a message is on disk."""
+        server, to = self.server, ", ".join(envelope.recipients)
+        self.log("queued as %s from <%s> to %s, %d octets", envelope.id, envelope.sender, to, octets)
+        if server.on_message:
+            try:
+                server.on_message(envelope, paths[0])
+            except Exception:
+                self.logger.exception("%s on_message", self.tag())
+        done = [r for r in envelope.accepted if r.mailboxes and r.wants("SUCCESS")]
+        if done and envelope.sender:
+            entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
+            for recipient in entry["recipients"]:
+                recipient.update(action="delivered", status="2.0.0", error="")
+            server.relay.report(entry, entry["recipients"], b"", paths[0])
+
+    # ---- questions
+
+    def vrfy(self, argument):
+        """VRFY alice@example.test -- is there such a mailbox?"""
+        name = self.asked_name(argument, "VRFY")
+        if not self.may_ask():
+            return "252 2.5.0 Send a message and see"
+        users = self.server.store.users
+        address = users.complete(name)
+        if not address or not (mailboxes := users.mailboxes(address)):
+            raise Refused("550 5.1.1 Nobody of that name here")
+        return f"250 2.1.5 <{users.lists[address][0] if address in users.lists else mailboxes[0]}>"
+
+    def expn(self, argument):
+        """EXPN staff@example.test -- who is on that list?"""
+        name = self.asked_name(argument, "EXPN")
+        if not self.may_ask():
+            raise Refused("550 5.7.1 Only for those who have logged in")
+        members = self.server.store.users.members(name)
+        if members is None:
+            raise Refused("550 5.1.1 No list of that name here")
+        return [f"250-2.1.5 <{member}>" for member in members[:-1]] + [f"250 2.1.5 <{members[-1]}>"]
+
+    def asked_name(self, argument, verb):
+        """Return the name that VRFY or EXPN asks about; it may have brackets, and SMTPUTF8 behind it (RFC 6531 3.7)."""
+        name = re.sub(r" +SMTPUTF8$", "", argument, flags=re.IGNORECASE)
+        name = name[1:-1] if name.startswith("<") and name.endswith(">") else name
+        if not name or not name.isprintable():
+            raise Refused(f"501 5.5.4 Write {verb} name or {verb} name@domain")
+        return name
+
+    def may_ask(self):
+        return bool(self.user) or is_loopback(self.peer[0])
+
+    def etrn(self, argument):
+        """ETRN example.net -- try now what waits for that host; @example.net for a domain and below, # for all"""
+        relay, node = self.server.relay, argument.lower()
+        if self.envelope:
+            raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
+        if not NODE.fullmatch(node) or not node.isprintable():
+            raise Refused("501 5.5.4 Write ETRN host, ETRN @domain or ETRN #")
+        if not relay.leads_to(node):
+            return f"459 4.7.1 {node} not allowed: no route leads there"
+        try:
+            waiting = relay.waiting_for(node)
+            if not waiting:
+                return f"251 2.0.0 No messages waiting for {node}"
+            self.server.store.request_start(node)
+        except OSError as error:
+            self.logger.error("%s ETRN: %s", self.tag(), error)
+            return f"458 4.3.0 Unable to start {node}"
+        if node == "#":
+            return "250 2.0.0 Started all of the queue"
+        return f"253 2.0.0 {waiting} messages waiting for {node} started"
+
+    def help(self, argument):
+        """HELP MAIL -- explain one command; HELP alone lists them"""
+        function = self.commands.get(argument.upper())
+        if argument and not function:
+            raise Refused("504 5.5.4 There is no such command; HELP lists those there are")
+        if function:
+            line, _, meaning = function.__doc__.partition(" -- ")
+            return [f"214-2.0.0 {line}", f"214 2.0.0 {meaning}"]
+        lines = [f"Commands: {' '.join(self.commands)}", f"Now: {' '.join(self.sensible())}"]
+        return [f"214-2.0.0 {line}" for line in lines] + ["214 2.0.0 HELP MAIL explains MAIL, and so on"]
+
+    def sensible(self):
+        """Return the commands that lead on from here."""
+        always = ["NOOP", "QUIT"]
+        if self.server.require_tls and not self.tls:
+            return ["EHLO", "STARTTLS", *always]
+        if not self.helo:
+            return ["EHLO", "HELO", *always]
+        if self.envelope:
+            ready = ["DATA", "BDAT"] if self.envelope.accepted else []
+            return (["BDAT"] if self.envelope.arrival else ["RCPT", *ready]) + ["RSET", *always]
+        upgrade = ["STARTTLS"] if self.server.tls and not self.tls else []
+        login = ["AUTH"] if not self.user and self.may_log_in_here() else []
+        mail = ["MAIL"] if self.user or not self.server.require_auth else []
+        return [*upgrade, *login, *mail, "VRFY", "EXPN", "ETRN", *always]
+
+    def noop(self, argument):
+        """NOOP -- nothing, politely"""
+        return "250 2.0.0 Ok"
+
+    def quit(self, argument):
+        """QUIT -- good bye"""
+        raise Quit("quit", "221 2.0.0 Good bye")
+
+    commands = {
+        "HELO": helo_,
+        "EHLO": ehlo_,
+        "STARTTLS": starttls,
+        "AUTH": auth,
+        "MAIL": mail,
+        "RCPT": rcpt,
+        "DATA": data,
+        "BDAT": bdat,
+        "RSET": rset,
+        "VRFY": vrfy,
+        "EXPN": expn,
+        "ETRN": etrn,
+        "HELP": help,
+        "NOOP": noop,
+        "QUIT": quit,
+    }
+    without_argument = {"STARTTLS", "DATA", "RSET", "QUIT"}
+    before_tls = {"EHLO", "STARTTLS", "NOOP", "QUIT"}  # RFC 3207 4
+    before_login = {"HELO", "EHLO", "STARTTLS", "AUTH", "NOOP", "RSET", "HELP", "QUIT"}  # RFC 4954 6
+
+
+# ---------------------------------------------------------------- from here to the next host
+
+
+def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: dict, octets: int) -> dict:
+    """Return the record of a message that the queue keeps as JSON, one dict per recipient who waits."""
+    waiting = [
+        {
+            "address": r.address,
+            "notify": r.notify,
+            "orcpt": r.orcpt,
+            "attempts": 0,
+            "next": 0.0,
+            "error": "",
+            "warned": False,
+        }
+        for r in recipients
+    ]
+    head = {"id": name, "sender": sender, "arrived": time.time(), "octets": octets}
+    return {**head, "parameters": parameters, "recipients": waiting}
+
+
+def wants(waiting: dict, event: str) -> bool:
+    """Say whether a report about a queued recipient is wanted."""
+    return Recipient(waiting["address"], [], waiting["notify"]).wants(event)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3)."""
+
+    action: str
+    status: str
+    error: str
+    dsn: bool = False  # the next host reports by itself
+
+    @classmethod
+    def of(cls, code: int, text: bytes, dsn: bool = False) -> "Outcome":
+        """Take a reply of the next host."""
+        said = printable(b" ".join(text.split()).decode("utf-8", "replace"))[:400]
+        status = re.match(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}\b", said)
+        action = {2: "relayed", 5: "failed"}.get(code // 100, "delayed")
+        return cls(action, status[0] if status else f"{min(max(code // 100, 4), 5)}.0.0", f"{code} {said}", dsn)
+
+
+class Relay:
+    """The queue's worker: sends what waits for other hosts, tries again, and reports to senders.
+
+    `default` is the next host for everything that is not local, `routes` those for single domains, each `host` or
+    `host:port`.  A recipient that the next host has taken is never sent to again; only a kill between its 250 and our
+    note of it makes one message arrive twice.  One process works at a time, by a lock in the queue's folder.
+    Options, in seconds: `first_pause`, doubled after each try up to `longest_pause`; `lifetime`, after which a
+    message goes back; `warn_after`, for those who asked for a report on delay; `timeout`, for each answer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        hostname: str,
+        default: str | None = None,
+        routes: dict[str, str] | None = None,
+        *,
+        first_pause: float = 60,
+        longest_pause: float = 4 * 3600,
+        lifetime: float = 5 * 86400,
+        warn_after: float = 4 * 3600,
+        timeout: float = 60,
+        hosts_at_once: int = 20,
+    ):
+        self.store, self.hostname = store, hostname
+        self.default = lineserver.split_address(default, 25) if default else None
+        self.routes = {domain.lower(): lineserver.split_address(to, 25) for domain, to in (routes or {}).items()}
+        self.first_pause, self.longest_pause, self.lifetime = first_pause, longest_pause, lifetime
+        self.warn_after, self.timeout, self.hosts_at_once = warn_after, timeout, hosts_at_once
+        self.entries, self.active, self.clients, self.thread, self.lock = {}, {}, set(), None, None
+        self.guard, self.stopping = threading.RLock(), threading.Event()
+        self.ids = itertools.count(1)
+        self.log = lineserver.logging.getLogger("relay")
+
+    # ---- where mail goes
+
+    def has_route_of_its_own(self, domain: str) -> bool:
+        """Say whether a domain has a route to itself."""
+        return domain.lower() in self.routes
+
+    def route(self, domain: str) -> tuple[str, int] | None:
+        """Return the next host for a domain, the more exact route first, or None."""
+        return self.routes.get(domain.lower(), self.default)
+
+    def leads_to(self, node: str) -> bool:
+        """Say whether mail for ETRN's `node`, `@domain` or `#` is ours to send."""
+        return bool(self.default or (self.routes if node == "#" else any(self.covers(node, d) for d in self.routes)))
+
+    def covers(self, node: str, domain: str) -> bool:
+        domain = domain.lower()
+        return node in ("#", domain, f"@{domain}") or (node.startswith("@") and domain.endswith("." + node[1:]))
+
+    def waiting_for(self, node: str) -> int:
+        """Return how many queued messages ETRN's node stands for."""
+        queued = [[domain_of(r) for r in entry["recipients"]] for entry in self.store.queued()]
+        return sum(any(self.covers(node, domain) for domain in domains) for domains in queued)
+
+    # ---- the worker
+
+    def start(self) -> None:
+        """Work on the queue in a thread, if there is any route."""
+        if self.thread is None and (self.default or self.routes):
+            self.thread = threading.Thread(target=self.work, daemon=True, name="relay")
+            self.thread.start()
+
+    def stop(self, seconds: float = 3) -> None:
+        """Stop; a transaction under way gets `seconds` to end, otherwise it is tried again another time."""
+        self.stopping.set()
+        self.store.queue_changed.set()
+        deadline = time.monotonic() + seconds
+        for thread in [self.thread, *self.active.values()]:
+            if thread:
+                thread.join(max(deadline - time.monotonic(), 0))
+        for client in list(self.clients):
+            client.close()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def work(self) -> None:
+        while not self.stopping.is_set():
+            self.store.queue_changed.clear()
+            pause = 1.0  # other processes put mail into the queue, too
+            try:
+                if self.lock is None:
+                    self.lock = self.store.lock_queue()
+                if self.lock is not None:
+                    self.look()
+                    pause = self.send_what_is_due()
+            except OSError as error:
+                self.log.error("relay: %s", error)
+            self.store.queue_changed.wait(min(max(pause, 0.01), 1.0))
+
+    def look(self) -> None:
+        """Take notice of new messages and of what ETRN asks for."""
+        names = set(self.store.queue_names())
+        with self.guard:
+            for name in names - set(self.entries):
+                if entry := self.store.envelope(name):
+                    self.entries[name] = entry
+            for gone in set(self.entries) - names:
+                del self.entries[gone]
+            for node in self.store.start_requests():
+                for waiting in itertools.chain.from_iterable(e["recipients"] for e in self.entries.values()):
+                    if self.covers(node, domain_of(waiting)):
+                        waiting["next"] = 0.0
+
+    def send_what_is_due(self) -> float:
+        """Start a thread for each host that something is due for; return the seconds until the next is."""
+        now, jobs, soonest = time.time(), {}, 3600.0
+        with self.guard:
+            for entry in sorted(self.entries.values(), key=lambda entry: entry["arrived"]):
+                for waiting in entry["recipients"]:
+                    host = self.route(domain_of(waiting))
+                    if host is None or host in self.active:
+                        continue
+                    if waiting["next"] > now:
+                        soonest = min(soonest, waiting["next"] - now)
+                    else:
+                        jobs.setdefault(host, {}).setdefault(entry["id"], []).append(waiting)
+            for host, messages in jobs.items():
+                if len(self.active) < self.hosts_at_once:
+                    thread = threading.Thread(target=self.serve_host, args=(host, messages), daemon=True, name="relay")
+                    self.active[host] = thread
+                    thread.start()
+        return soonest
+
+    def serve_host(self, host: tuple[str, int], messages: dict[str, list[dict]]) -> None:
+        """Try everything that is due for one host; when it is down, the rest waits without a try of its own."""
+        down = None
+        try:
+            for name, recipients in messages.items():
+                if self.stopping.is_set():
+                    return
+                if down is None:
+                    down = self.attempt(host, self.entries[name], recipients)
+                else:
+                    self.settle(host, self.entries[name], recipients, dict.fromkeys(addresses(recipients), down))
+        except Exception:
+            self.log.exception("relay to %s", show_address(*host))
+            self.stopping.wait(1)
+        finally:
+            del self.active[host]
+            self.store.queue_changed.set()
+
+    def attempt(self, host: tuple[str, int], entry: dict, recipients: list[dict]) -> Outcome | None:
+        """Try one message; return what came of it when there was no talking to the host."""
+        import smtplib
+
+        outcomes, client = {}, None
+        try:
+            client = self.connect(host)
+            self.transact(client, entry, recipients, outcomes)
+        except (OSError, smtplib.SMTPException) as error:
+            lost = Outcome("delayed", "4.4.1" if client is None else "4.4.2", f"{show_address(*host)}: {error}"[:400])
+            for address in addresses(recipients):
+                outcomes.setdefault(address, lost)
+            return lost if client is None else None
+        finally:
+            self.settle(host, entry, recipients, outcomes)
+            if client:
+                self.leave(client)
+
+    def connect(self, host: tuple[str, int], tls: bool = True):
+        """Return a client that has said EHLO, over TLS when the host offers it; no certificate is asked to prove
+        anything (RFC 7435: better than clear text, and there is nobody to ask)."""
+        import smtplib
+        import ssl
+
+        client = smtplib.SMTP(*host, local_hostname=self.hostname, timeout=self.timeout)
+        self.clients.add(client)
+        try:
+            client.ehlo_or_helo_if_needed()
+            if tls and client.has_extn("starttls"):
+                context = ssl.create_default_context()
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                client.starttls(context=context)
+                client.ehlo()
+        except ssl.SSLError as error:
+            self.log.warning("relay to %s: in clear, since TLS failed: %s", show_address(*host), error)
+            self.drop(client)
+            return self.connect(host, tls=False)
+        except BaseException:
+            self.drop(client)
+            raise
+        return client
+
+    def leave(self, client) -> None:
+        import smtplib
+
+        try:
+            client.quit()
+        except (OSError, smtplib.SMTPException):
+            pass
+        self.drop(client)
+
+    def drop(self, client) -> None:
+        client.close()
+        self.clients.discard(client)
+
+    def transact(self, client, entry: dict, recipients: list[dict], outcomes: dict[str, Outcome]) -> None:
+        """Carry out one mail transaction; `outcomes` gets what becomes of each recipient as soon as it is known."""
+        parameters, dsn = entry["parameters"], client.has_extn("dsn")
+        client.command_encoding = "utf-8"
+        if "SMTPUTF8" in parameters and not client.has_extn("smtputf8"):
+            no = Outcome("failed", "5.6.7", "the next host does not take addresses that are not ASCII")
+            return outcomes.update(dict.fromkeys(addresses(recipients), no))
+        code, text = client.docmd("MAIL", f"FROM:<{entry['sender']}>{self.mail_options(client, entry)}")
+        if code != 250:
+            return outcomes.update(dict.fromkeys(addresses(recipients), Outcome.of(code, text)))
+        taken = []
+        for waiting in recipients:
+            code, text = client.docmd("RCPT", f"TO:<{waiting['address']}>{rcpt_options(waiting) if dsn else ''}")
+            if code in (250, 251):
+                taken.append(waiting["address"])
+            else:
+                outcomes[waiting["address"]] = Outcome.of(code, text)
+        if not taken:
+            return None
+        code, text = client.docmd("DATA")
+        if code == 354:
+            with self.store.queued_message(entry["id"]) as file:
+                for block in stuff(wire(file, READ_BLOCK)):
+                    client.sock.sendall(block)
+            client.sock.sendall(b".\r\n")
+            code, text = client.getreply()
+        outcomes.update(dict.fromkeys(taken, Outcome.of(code, text, dsn)))
+        return None
+
+    def mail_options(self, client, entry: dict) -> str:
+        """Return MAIL's parameters, as the client gave them and as far as the next host offers them."""
+        parameters, offered = entry["parameters"], client.has_extn
+        options = f" SIZE={entry['octets']}" if offered("size") else ""
+        options += f" BODY={parameters['BODY']}" if "BODY" in parameters and offered("8bitmime") else ""
+        options += " SMTPUTF8" if "SMTPUTF8" in parameters else ""
+        for name in ("RET", "ENVID"):
+            options += f" {name}={parameters[name]}" if name in parameters and offered("dsn") else ""
+        return options
+
+    def settle(self, host, entry: dict, recipients: list[dict], outcomes: dict[str, Outcome]) -> None:
+        """Note what became of each recipient, durably, and report what their sender wants to hear."""
+        with self.guard:
+            now, where = time.time(), show_address(*host)
+            for waiting in recipients:
+                self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])
+                self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
+            told = [r for r in recipients if r["tell"]]
+            if told:
+                self.report(entry, told, host[0].encode(), f"{self.store.queue_folder}/{entry['id']}")
+            entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
+            if entry["recipients"]:
+                self.store.save_envelope(entry)
+            else:
+                self.entries.pop(entry["id"], None)
+                self.store.unqueue(entry["id"])
+
+    def summary(self, waiting: dict) -> str:
+        return f"{waiting['action']} ({waiting['error']})"
+
+    def note(self, waiting: dict, outcome: Outcome, age: float) -> None:
+        """Write an attempt's outcome into a recipient's record, with when to try again and whether to tell."""
+        waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False)
+        waiting["attempts"] += 1
+        if outcome.action == "relayed":
+            waiting["tell"] = wants(waiting, "SUCCESS") and not outcome.dsn
+        elif outcome.action == "failed":
+            waiting["tell"] = wants(waiting, "FAILURE")
+        elif age >= self.lifetime:
+            waiting.update(action="failed", status="5.4.7", tell=wants(waiting, "FAILURE"))
+        else:
+            pause = min(self.first_pause * 2 ** min(waiting["attempts"] - 1, 30), self.longest_pause)
+            waiting["next"] = time.time() + min(pause, max(self.lifetime - age, 0.01))
+            if wants(waiting, "DELAY") and not waiting["warned"] and age >= self.warn_after:
+                waiting.update(warned=True, tell=True)
+
+    # ---- delivery reports
+
+    def report(self, entry: dict, recipients: list[dict], host: bytes, path: str) -> None:
+        """Tell a message's sender what became of some recipients; a message from nobody is not reported on.
+
+        A report comes from the null sender, so that none ever answers another (RFC 3461 5.2.8).
+        """
+        sender = entry["sender"]
+        if not sender:
+            return
+        name = f"{entry['id']}{next(self.ids):X}"
+        try:
+            with open(path, "rb") as file:
+                original = file.read(MAX_RETURNED + 1)
+            text = build_report(self, name, entry, recipients, host.decode(), original)
+            self.post(name, sender, text)
+        except OSError as error:
+            self.log.error("no report to <%s> about %s: %s", sender, entry["id"], error)
+
+    def post(self, name: str, recipient: str, text: bytes) -> None:
+        """Send a message of our own, from the null sender: to a mailbox here, else along a route, else nowhere."""
+        mailboxes = self.store.users.mailboxes(recipient)
+        received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
+        copies, entry = [], None
+        for mailbox in mailboxes:
+            head = f"Return-Path: <>\r\nDelivered-To: {mailbox}\r\n{received}"
+            copies.append(Copy(self.store.mailbox(mailbox), head.encode()))
+        if not mailboxes:
+            if not self.route(recipient.rpartition("@")[2]):
+                self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
+                return
+            copies = [Copy(self.store.queue_folder, received.encode(), name)]
+            parameters = {} if recipient.isascii() else {"SMTPUTF8": None}
+            entry = new_entry(name, "", [Recipient(recipient, [])], parameters, len(text))
+        incoming = Incoming(self.store, copies)
+        try:
+            incoming.write(text)
+            incoming.commit(entry)
+        finally:
+            incoming.close()
+        self.log.info("report %s to <%s>", name, recipient)
+
+
+def addresses(recipients: list[dict]) -> list[str]:
+    return [waiting["address"] for waiting in recipients]
+
+
+def domain_of(waiting: dict) -> str:
+    return waiting["address"].rpartition("@")[2]
+
+
+def rcpt_options(waiting: dict) -> str:
+    """Return RCPT's DSN parameters as the client gave them."""
+    return "".join(f" {name.upper()}={waiting[name]}" for name in ("notify", "orcpt") if waiting[name])
+
+
+def build_report(relay: Relay, name: str, entry: dict, recipients: list[dict], host: str, original: bytes) -> bytes:
+    """Return a delivery report (RFC 3462, 3464) on some recipients of one message, as the octets of a message."""
+    header, _, _ = original.partition(b"\r\n\r\n")
+    actions = {r["action"] for r in recipients}
+    whole = "failed" in actions and (entry["parameters"].get("RET") or "FULL").upper() == "FULL"
+    whole = whole and len(original) <= MAX_RETURNED
+    titles = {"failed": "could not be delivered", "delayed": "is delayed", "delivered": "was delivered"}
+    title = next((titles[action] for action in titles if action in actions), "was passed on")
+    boundary = f"report-{name}"
+    lines = [
+        f"Date: {mail_date(time.time())}",
+        f"From: Mail delivery <postmaster@{relay.hostname}>",
+        f"To: <{entry['sender']}>",
+        f"Subject: Your message {title}",
+        f"Message-ID: <{name}@{relay.hostname}>",
+        "Auto-Submitted: auto-replied",
+        "MIME-Version: 1.0",
+        f'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="{boundary}"',
+        f"\r\n--{boundary}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n",
+        *explain(relay, entry, recipients, title),
+        f"\r\n--{boundary}\r\nContent-Type: message/delivery-status\r\n",
+        *status_fields(relay, entry, recipients, host),
+        f"\r\n--{boundary}\r\nContent-Type: {'message/rfc822' if whole else 'text/rfc822-headers'}",
+        "Content-Transfer-Encoding: 8bit\r\n\r\n",
+    ]
+    returned = original if whole else header + b"\r\n"
+    return "\r\n".join(lines).encode() + returned + f"\r\n--{boundary}--\r\n".encode()
+
+
+def explain(relay: Relay, entry: dict, recipients: list[dict], title: str) -> list[str]:
+    """Return a report's part for people."""
+    subject = f"This is the mail server {relay.hostname}. Your message of {mail_date(entry['arrived'])} {title}:"
+    return [subject, "", *[f"  <{r['address']}>: {r['action']}. {r['error']}".rstrip() for r in recipients]]
+
+
+def status_fields(relay: Relay, entry: dict, recipients: list[dict], host: str) -> list[str]:
+    """Return a report's part for programs: a group of fields about the message, one for each recipient."""
+    lines = [f"Reporting-MTA: dns; {relay.hostname}", f"Arrival-Date: {mail_date(entry['arrived'])}"]
+    if envid := entry["parameters"].get("ENVID"):
+        lines.insert(0, f"Original-Envelope-Id: {unxtext(envid)}")
+    for r in recipients:
+        lines.append("")
+        if r["orcpt"]:
+            kind, _, original = r["orcpt"].partition(";")
+            lines.append(f"Original-Recipient: {kind};{escape_address(unxtext(original))}")
+        kind = "rfc822" if r["address"].isascii() else "utf-8"
+        lines.append(f"Final-Recipient: {kind};{escape_address(r['address'])}")
+        lines += [f"Action: {r['action']}", f"Status: {r['status']}"]
+        if host:
+            lines.append(f"Remote-MTA: dns; {host}")
+        if r["error"]:
+            lines.append(f"Diagnostic-Code: smtp; {r['error']}")
+        if r["action"] == "delayed":
+            lines.append(f"Will-Retry-Until: {mail_date(entry['arrived'] + relay.lifetime)}")
+    return lines
+
+
+def escape_address(address: str) -> str:
+    """Write an address in ASCII, as RFC 6533 3 does for fields that must be ASCII."""
+    return "".join(c if c.isascii() else f"\\x{{{ord(c):X}}}" for c in address)
+
+
+# ---------------------------------------------------------------- the server and the command line
+
+
+class SMTPServer(LineServer):
+    """One SMTP listener on `address`, (host, port); port 0 takes a free one.  `with` serves.
+
+    Keywords, besides those of LineServer: `require_auth`, `size_limit` (octets), `relay` ("host:port", or a Relay to
+    share), `route` (a dict of domain to "host:port", or a list of "domain=host:port"), `relay_options` (keywords of
+    Relay), `on_message(envelope, path)` (called when a message is on disk, before its 250) and
+    `intercept(session, verb, argument)`, which sees each command first, "CONNECT" before the greeting and "." at the
+    end of a message: a string that it returns is the reply, raising Disconnect drops the line.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        store: Store,
+        *,
+        require_auth: bool = False,
+        size_limit: int = MAX_SIZE,
+        relay: "str | Relay | None" = None,
+        route: "dict[str, str] | list[str] | None" = None,
+        relay_options: dict | None = None,
+        on_message=None,
+        **options,
+    ):
+        super().__init__(address, SMTPHandler, store, **options)
+        self.require_auth, self.size_limit, self.on_message = require_auth, size_limit, on_message
+        try:
+            shared = isinstance(relay, Relay)
+            self.relay = (
+                relay if shared else Relay(store, self.hostname, relay, as_routes(route), **(relay_options or {}))
+            )
+        except ValueError:
+            self.socket.close()
+            raise
+
+    def start(self) -> None:
+        super().start()
+        self.relay.start()
+
+    def server_close(self, seconds: float = lineserver.STOPPING) -> None:
+        super().server_close(seconds)
+        self.relay.stop()
+
+
+def as_routes(given) -> dict[str, str]:
+    """Read routes from a dict or from `domain=host:port` texts; raise ValueError."""
+    if not isinstance(given, dict):
+        pairs = [text.partition("=") for text in given or []]
+        if bad := ["".join(pair) for pair in pairs if not all(pair)]:
+            raise ValueError(f"a route is DOMAIN=HOST or DOMAIN=HOST:PORT, not {bad[0]!r}")
+        given = {domain: host for domain, _, host in pairs}
+    return given
+
+
+def parse_arguments(argv: list[str] | None):
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="smtpd_simple.py", description="A small mail server: SMTP in, POP3 out.")
+    lineserver.add_options(parser, 1025, [("--smtps-port", 1465), ("--pop3s-port", 1995)])
+    add = parser.add_argument
+    port = lineserver.port_number
+    add("--pop3", type=port, nargs="?", const=1110, metavar="PORT", help="serve POP3 as well (port %(const)s)")
+    add("--require-auth", action="store_true", help="nothing but logging in works before a login")
+    add("--size-limit", type=lineserver.positive, default=MAX_SIZE, metavar="BYTES", help="of a message (%(default)s)")
+    add("--relay", metavar="HOST[:PORT]", help="next host for what is not local, from users who logged in")
+    add("--route", action="append", metavar="DOMAIN=HOST[:PORT]", help="next host for one domain; may be repeated")
+    add(
+        "--intercept",
+        metavar="FILE.py",
+        help="a file with intercept(session, verb, argument), which may answer instead",
+    )
+    add("--no-sync", action="store_true", help="acknowledge mail before the disk has it")
+    args = parser.parse_args(argv)
+    lineserver.check_options(parser, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the server as the command line says; return the exit status."""
+    args = parse_arguments(argv)
+    return lineserver.main("smtpd_simple.py", lambda: serve(args))
+
+
+def serve(args) -> int:
+    options, listen, host = lineserver.shared_options(args), lineserver.listen, args.host
+    options["intercept"] = load_intercept(args.intercept) if args.intercept else None
+    store = Store(args.spool, users_file(args.users), sync=not args.no_sync)
+    smtp = {"require_auth": args.require_auth, "size_limit": args.size_limit, **options}
+    servers = [listen(SMTPServer, (host, args.port), store, relay=args.relay, route=args.route, **smtp)]
+    if args.smtps_port is not None:
+        shared = {"relay": servers[0].relay, "implicit_tls": True}
+        servers.append(listen(SMTPServer, (host, args.smtps_port), store, **shared, **smtp))
+    if args.pop3 is not None or args.pop3s_port is not None:
+        from pop3d_simple import POP3Server
+
+        if args.pop3 is not None:
+            servers.append(listen(POP3Server, (host, args.pop3), store, **options))
+        if args.pop3s_port is not None:
+            servers.append(listen(POP3Server, (host, args.pop3s_port), store, implicit_tls=True, **options))
+    return lineserver.run(servers, args.processes, notice(store, servers))
+
+
+def notice(store: Store, servers: list[LineServer]) -> str:
+    """Return what a newcomer wants to know at the start."""
+    names = list(store.users.accounts.values())
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    smtp, pop3 = (next((s for s in servers if s.name == name), None) for name in ("SMTP", "POP3"))
+    lines = [f"  spool     {store.folder}", f"  accounts  {', '.join(names[:3])}{more}"]
+    if smtp:
+        lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --mail-from me@example.test \\")
+        lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
+    if pop3:
+        lines.append(f"  read      curl -u {names[0]} pop3://{show_address(pop3.host, pop3.port)}/1")
+    if smtp:
+        lines.append(f"  watch     telnet {smtp.host} {smtp.port}, then HELP      (Ctrl-C ends the server)")
+    return "\n".join(lines)
+
+
+def load_intercept(path: str):
+    """Return the function `intercept` of a Python file; raise ValueError when there is none."""
+    import runpy
+
+    try:
+        return runpy.run_path(path)["intercept"]
+    except KeyError:
+        raise ValueError(f"{path} defines no function intercept") from None
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

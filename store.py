@@ -1,0 +1,939 @@
+"""Everything on disk: users.txt, one Maildir per account, the relay's queue.
+
+    spool/<address>/tmp,new,cur   one flat file per message, CRLF line ends, byte for byte as sent behind our trace fields
+    spool/<address>/pop3.lock     held by the one POP3 session that has the mailbox open
+    spool/<address>/pop3.sizes    the sizes of messages that other programs put there, so that they are read only once
+    spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (its envelope)
+
+A delivery writes tmp/, syncs, renames into new/, syncs the folder, and only then is a message acknowledged; a crash
+leaves nothing worse than a file in tmp/, which nobody reads.  Writers need no lock (that is Maildir's point), readers
+hold pop3.lock.  File names are `<seconds>.M<microseconds>P<pid>Q<counter>.<host>,S=<octets>,W=<octets>`: S is the
+file's size and W its size on the wire, so a maildrop is opened by listing it.  The name up to a `:` is the UIDL.
+
+This module knows no socket and no reply code; a full disk or a missing folder is an OSError.
+
+    store = Store("spool", {"alice@example.test": "wonderland"})
+    store.wait("alice@example.test")        # blocks until there is a message, returns [EmailMessage]
+
+and, as a program: `python store.py accounts | list ADDRESS | show ADDRESS N | wait ADDRESS | hash | queue`.
+"""
+
+import binascii
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+BLOCK = 1 << 20  # octets of a message that are held in memory; what is beyond streams to disk
+MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
+MAX_UID = 70  # octets, RFC 1939 7
+STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
+DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as shipped in users.txt
+
+log = logging.getLogger("store")
+
+try:
+    import fcntl
+
+    def lock(fd: int) -> None:
+        """Take the lock of an open file, which ends with the file or its process; raise BlockingIOError if held."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def lock(fd: int) -> None:
+        """Take the lock of an open file, which ends with the file or its process; raise BlockingIOError if held."""
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(error.errno, error.strerror) from None
+
+
+# ---------------------------------------------------------------- who has a mailbox here
+
+
+class UsersError(ValueError):
+    """A users file that can't be used; the text names file, line and fault."""
+
+
+ENTRY = re.compile(r"\s*(\*|\*@[^\s:=@]+|[^\s:@]+@[^\s:=@]+)\s*([:=])(.*)", re.DOTALL)
+
+
+def key(address: str) -> str:
+    """Return what addresses are compared by: case does not count, and `xn--` domains are what they stand for."""
+    local, at, domain = address.lower().rpartition("@")
+    if "xn--" in domain:
+        with contextlib.suppress(UnicodeError):
+            domain = domain.encode("ascii").decode("idna")
+    return local + at + domain
+
+
+def bad_name(address: str) -> str | None:
+    """Return why an address can't name a folder, or None when it can."""
+    local, _, domain = address.rpartition("@")
+    if any(c in "/\\" or not c.isprintable() or c.isspace() for c in address):
+        return "has a character that no mailbox name may have"
+    if local.startswith(".") or domain.startswith("."):
+        return "begins with a dot"
+    if len(local.encode()) > MAX_LOCAL or len(domain.encode()) > MAX_DOMAIN:
+        return f"is longer than {MAX_LOCAL}@{MAX_DOMAIN} octets"
+    return None
+
+
+class Users:
+    """The accounts, lists and catch-alls of one users file (or mapping), and the passwords.
+
+    Attributes: `accounts` (key to address), `lists` (key to its address and members), `domains` (those named).
+    """
+
+    def __init__(self, entries: Iterator[tuple[str, str, str, str]]):
+        """Take (where, name, ":" or "=", rest) for each line; raise UsersError."""
+        self.accounts, self.lists, self.secrets, places = {}, {}, {}, {}
+        for where, name, sign, rest in entries:
+            if not name.startswith("*") and (fault := bad_name(name)):
+                raise UsersError(f"{where}: {name!a} {fault}")
+            if key(name) in places:
+                raise UsersError(f"{where}: {name} is here twice")
+            places[key(name)] = where
+            if sign == "=":
+                self.lists[key(name)] = (name, [m.strip() for m in rest.split(",") if m.strip()])
+            elif name.startswith("*"):
+                raise UsersError(f"{where}: {name} is a catch-all, not an account: write {name} = an account")
+            else:
+                self.add_account(where, name, rest)
+        for name, (_, members) in self.lists.items():
+            self.check_list(places[name], name, members)
+        self.domains = {name.rpartition("@")[2] for name in [*self.accounts, *self.lists] if name != "*"}
+        self.right = {}  # passwords that were right, by a keyed hash, so that polling does not cost a scrypt each time
+        self.right_key = os.urandom(32)
+        self.hashed = any(secret.startswith("{SCRYPT}") for secret in self.secrets.values())
+
+    def add_account(self, where: str, name: str, secret: str) -> None:
+        if not secret:
+            raise UsersError(f"{where}: {name} has no password")
+        if secret.startswith("{SCRYPT}") and parse_hash(secret) is None:
+            raise UsersError(f"{where}: the hash of {name} is damaged; make one with: python store.py hash")
+        self.accounts[key(name)] = name
+        self.secrets[key(name)] = secret
+
+    def check_list(self, where: str, name: str, members: list[str]) -> None:
+        if not members:
+            raise UsersError(f"{where}: {name} has no members")
+        for member in members:
+            if not self.expand(key(member), ()):
+                raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one")
+
+    @classmethod
+    def read(cls, path: str) -> "Users":
+        """Read a users file; raise UsersError (with the line's number) or OSError."""
+        with open(path, "rb") as file:
+            raw = file.read()
+
+        def entries():
+            for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+                where = f"{path}:{number}"
+                try:
+                    text = line.removesuffix(b"\r").decode()
+                except UnicodeDecodeError:
+                    raise UsersError(f"{where}: not UTF-8") from None
+                if not text.strip() or text.lstrip().startswith("#"):
+                    continue
+                if not (match := ENTRY.fullmatch(text)):
+                    raise UsersError(f"{where}: neither `address:password` nor `address = address, ...`")
+                yield where, *match.groups()
+
+        users = cls(entries())
+        if not users.accounts:
+            raise UsersError(f"{path}: no account; write one as `address:password`")
+        return users
+
+    @classmethod
+    def of(cls, mapping) -> "Users":
+        """Take a mapping of address to password, and of list or catch-all to members; raise UsersError."""
+
+        def entries():
+            for name, value in mapping.items():
+                if not isinstance(value, str):
+                    yield "users", name, "=", ",".join(value)
+                else:
+                    yield "users", name, "=" if name.startswith("*") else ":", value
+
+        for name in mapping:
+            if not ENTRY.fullmatch(name + ":"):
+                raise UsersError(f"users: {name!a} is not an address")
+        return cls(entries())
+
+    # ---- where mail for an address goes
+
+    def mailboxes(self, address: str) -> list[str]:
+        """Return the accounts that mail for `address` reaches, in order; none when the address is not ours."""
+        name = key(address)
+        local, _, domain = name.rpartition("@")
+        if not domain or not local:
+            local, domain = name, ""
+        found = self.expand(name, ()) if domain else []
+        if not found and "+" in local:
+            found = self.expand(f"{local.partition('+')[0]}@{domain}", ())
+        if not found and local == "postmaster" and (not domain or domain in self.domains):
+            found = self.postmaster()
+        for catch_all in (f"*@{domain}", "*"):
+            found = found or (self.expand(catch_all, ()) if domain else [])
+        return found
+
+    def expand(self, name: str, seen: tuple) -> list[str]:
+        """Return the accounts behind one key, each once; a list that leads back to itself adds nothing."""
+        if name in self.accounts:
+            return [self.accounts[name]]
+        if name not in self.lists or name in seen:
+            return []
+        reached = [self.expand(key(member), (*seen, name)) for member in self.lists[name][1]]
+        return list(dict.fromkeys(itertools.chain.from_iterable(reached)))
+
+    def postmaster(self) -> list[str]:
+        """Return whom `<postmaster>` reaches, which must be somebody (RFC 5321 4.5.1): of that name, else the first."""
+        named = [name for name in [*self.accounts, *self.lists] if name.startswith("postmaster@")]
+        return self.expand(named[0], ()) if named else list(self.accounts.values())[:1]
+
+    def is_local(self, domain: str) -> bool:
+        """Say whether the users file names a domain."""
+        return key("@" + domain)[1:] in self.domains
+
+    def complete(self, name: str) -> str | None:
+        """Return the address that a name means, which may leave out the domain while that is unambiguous."""
+        if "@" in name:
+            return key(name)
+        names = [full for full in [*self.accounts, *self.lists] if full.rpartition("@")[0] == key(name)]
+        return names[0] if len(names) == 1 else None
+
+    def members(self, name: str) -> list[str] | None:
+        """Return the members of a list, or None when there is no such list."""
+        entry = self.lists.get(self.complete(name)) if not name.startswith("*") else None
+        return entry and entry[1]
+
+    # ---- passwords
+
+    def login_address(self, name: str) -> str | None:
+        """Return the account that a login names, with or without its domain, or None."""
+        if "@" in name:
+            return self.accounts.get(key(name))
+        hits = [address for full, address in self.accounts.items() if full.rpartition("@")[0] == key(name)]
+        return hits[0] if len(hits) == 1 else None
+
+    def check_password(self, name: str, password: bytes) -> str | None:
+        """Return the account that a name and a password open, or None; a wrong name costs what a wrong password does."""
+        import hmac
+
+        address = self.login_address(name)
+        secret = self.secrets[key(address)] if address else "{}"
+        if not secret.startswith("{SCRYPT}"):
+            right = hmac.compare_digest(secret.encode(), password) and address is not None
+            if not right and self.hashed:
+                scrypt(password, b"as slow as the others")
+            return address if right else None
+        print_ = hmac.digest(self.right_key, password, "sha256")
+        if hmac.compare_digest(self.right.get(address, b""), print_):
+            return address
+        salt, wanted = parse_hash(secret)
+        if not hmac.compare_digest(scrypt(password, salt), wanted):
+            return None
+        self.right[address] = print_
+        return address
+
+    def check_digest(self, name: str, answer: Callable[[bytes], str], digest: str) -> str | None:
+        """Return the account whose plain password makes `answer(password)` the digest, or None (hashed ones never do)."""
+        import hmac
+
+        address = self.login_address(name)
+        secret = self.secrets[key(address)] if address else "{SCRYPT}"
+        known = not secret.startswith("{SCRYPT}")
+        right = hmac.compare_digest(answer(secret.encode()).encode(), digest.lower().encode("utf-8", "replace"))
+        return address if right and known else None
+
+
+def scrypt(password: bytes, salt: bytes) -> bytes:
+    """Return the hash that users.txt keeps in place of a password."""
+    import hashlib
+
+    return hashlib.scrypt(password, salt=salt, maxmem=64 << 20, dklen=32, **SCRYPT)
+
+
+def hash_password(password: str) -> str:
+    """Return `{SCRYPT}...` for a users file."""
+    salt = os.urandom(16)
+    return "{SCRYPT}" + binascii.b2a_base64(salt + scrypt(password.encode(), salt), newline=False).decode()
+
+
+def parse_hash(secret: str) -> tuple[bytes, bytes] | None:
+    """Return salt and hash of `{SCRYPT}...`, or None when it is not whole."""
+    try:
+        raw = binascii.a2b_base64(secret.removeprefix("{SCRYPT}").strip().encode(), strict_mode=True)
+    except ValueError:
+        return None
+    return (raw[:16], raw[16:]) if len(raw) == 48 else None
+
+
+# ---------------------------------------------------------------- the spool
+
+
+counter = itertools.count(1)
+
+
+def unique(host: str, octets: int, wire: int) -> str:
+    """Return a Maildir file name that no other delivery anywhere has; as a UIDL it must not be over 70 octets."""
+    seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
+    name, sizes = f"{seconds}.M{micros:06d}P{os.getpid()}Q{next(counter)}", f",S={octets},W={wire}"
+    return f"{name}.{host[: MAX_UID - 1 - len(name) - len(sizes)]}{sizes}"
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`; os.write() may stop half-way, on a disk that fills up for one."""
+    written = os.write(fd, data)
+    while written < len(data):
+        written += os.write(fd, memoryview(data)[written:])
+
+
+class Copy(NamedTuple):
+    """One file that a message becomes: `head` stands before the message; a Maildir names its files itself."""
+
+    folder: str
+    head: bytes
+    name: str | None = None
+
+
+class Incoming:
+    """A message on its way to disk, one file per copy; nothing shows until `commit` returns.
+
+    Whoever makes one calls `write` with the message's octets, then `commit`, and in the end `close`, which removes
+    what was not committed.  Each of them may raise OSError.
+    """
+
+    def __init__(self, store: "Store", copies: list[Copy]):
+        self.store, self.copies = store, copies
+        self.blocks, self.held, self.size, self.tail = [], 0, 0, b""
+        self.stem, self.parts = f"{time.time_ns()}.{os.getpid()}.{next(counter)}", itertools.count()
+        self.pending = []  # files in tmp/ and what each will be
+        self.fd = None  # the first copy, once the message streams
+
+    def write(self, block: bytes) -> None:
+        """Add octets; beyond a megabyte they go to disk as they come."""
+        self.blocks.append(block)
+        self.held += len(block)
+        if self.held >= BLOCK:
+            self.spill()
+
+    def spill(self) -> None:
+        data = b"".join(self.blocks)
+        self.blocks, self.held = [], 0
+        self.size += len(data)
+        self.tail = (self.tail + data[-2:])[-2:]
+        if self.fd is None:
+            self.fd = self.create(self.copies[0].folder)
+            data = self.copies[0].head + data
+        write_all(self.fd, data)
+
+    def create(self, folder: str) -> int:
+        path = f"{folder}/tmp/{self.stem}.{next(self.parts)}"
+        self.pending.append([path, None])
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:  # the first message, or somebody took the folder away
+            self.store.make_folder(folder)
+            return os.open(path, flags, 0o600)
+
+    def commit(self, envelope: dict | None = None) -> list[str]:
+        """Put every copy on disk, then into sight, an envelope for the queue last; return the paths.
+
+        All files are written and synced before the first one shows, so a full disk refuses the message whole.  A
+        failure between two renames leaves some recipients served although the client is told to try again: a message
+        twice, never one lost.
+        """
+        content = None
+        if self.fd is None:
+            content = b"".join(self.blocks)
+            self.size, self.tail = len(content), content[-2:]
+        elif self.blocks:
+            self.spill()
+        for index, copy in enumerate(self.copies):
+            self.write_copy(index, copy, content)
+        if envelope is not None:
+            self.write_file(self.store.queue_folder, f"{envelope['id']}.json", json.dumps(envelope).encode())
+        done = [self.store.publish(*self.pending.pop(0)) for _ in range(len(self.pending))]
+        for folder in dict.fromkeys(os.path.dirname(path) for path in done):
+            self.store.sync_folder(folder)
+        self.store.announce(envelope is not None)
+        return done
+
+    def write_copy(self, index: int, copy: Copy, content: bytes | None) -> None:
+        """Write and sync one copy: from memory, or (all but the first, which has streamed) from the first."""
+        missing = 0 if self.tail == b"\r\n" or not self.size else 2  # POP3 ends a last line that its sender did not
+        octets = len(copy.head) + self.size
+        target = f"{copy.folder}/{copy.name or 'new/' + unique(self.store.host, octets, octets + missing)}"
+        if content is not None:
+            self.write_file(copy.folder, target, copy.head + content)
+        elif index:
+            self.write_file(copy.folder, target, copy.head, self.content_of_first())
+        else:
+            self.pending[0][1] = target
+            self.store.sync_file(self.fd)
+
+    def write_file(self, folder: str, target: str, head: bytes, rest: Iterable[bytes] = ()) -> None:
+        fd = self.create(folder)
+        try:
+            self.pending[-1][1] = os.path.join(folder, target)
+            write_all(fd, head)
+            for block in rest:
+                write_all(fd, block)
+            self.store.sync_file(fd)
+        finally:
+            os.close(fd)
+
+    def content_of_first(self) -> Iterator[bytes]:
+        os.lseek(self.fd, len(self.copies[0].head), os.SEEK_SET)
+        return iter(lambda: os.read(self.fd, BLOCK), b"")
+
+    def close(self) -> None:
+        """Let go of the files; what has not been committed is gone."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        for path, _ in self.pending:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self.pending = []
+
+
+class Store:
+    """The spool folder and who has a mailbox in it.
+
+    `users` is the path of a users file, which is read again when it changes, or a mapping (see `Users.of`).  Without
+    `sync` a message is acknowledged once the system has it, not the disk.  Raises UsersError, or OSError when the
+    folder can't be made or written.
+    """
+
+    def __init__(self, folder, users, sync: bool = True):
+        self.folder, self.sync = os.path.abspath(os.fspath(folder)), sync
+        self.host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+        self.queue_folder = f"{self.folder}/queue"
+        self.arrived, self.queue_changed = threading.Condition(), threading.Event()
+        self.users_lock = threading.Lock()
+        self.users_path = self.users_seen = None
+        if isinstance(users, str | os.PathLike):
+            self.users_path = os.fspath(users)
+            self.users_seen = self.users_stamp()
+            self.loaded = Users.read(self.users_path)
+        else:
+            self.mapping = dict(users)
+            self.loaded = Users.of(self.mapping)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make the folder, show that it can be written, and remove what crashes left in tmp/ long ago."""
+        self.make_folder(self.queue_folder)
+        probe = f"{self.queue_folder}/tmp/{os.getpid()}.{next(counter)}"
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.unlink(probe)
+        for name in os.listdir(self.folder):
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(f"{self.folder}/{name}/tmp"):
+                    if entry.stat().st_mtime < time.time() - STALE:
+                        os.unlink(entry.path)
+
+    # ---- users
+
+    @property
+    def users(self) -> Users:
+        """Who has a mailbox now: the users file is read again when it has changed; a broken one changes nothing."""
+        if self.users_path and (stamp := self.users_stamp()) != self.users_seen:
+            with self.users_lock:
+                if stamp != self.users_seen:
+                    try:
+                        self.loaded = Users.read(self.users_path)
+                        log.info("%s read again: %d accounts", self.users_path, len(self.loaded.accounts))
+                    except (UsersError, OSError) as error:
+                        log.error("%s (the accounts stay as they were)", error)
+                    self.users_seen = stamp
+        return self.loaded
+
+    def users_stamp(self):
+        try:
+            state = os.stat(self.users_path)
+        except OSError:
+            return None
+        return state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino
+
+    # ---- writing
+
+    def mailbox(self, address: str) -> str:
+        """Return the folder of an account."""
+        return f"{self.folder}/{key(address)}"
+
+    def publish(self, tmp: str, path: str) -> str:
+        """Move a file from tmp/ to where it is a message; return its path."""
+        try:
+            os.rename(tmp, path)
+        except FileNotFoundError:  # somebody took new/ away
+            self.make_folder(os.path.dirname(os.path.dirname(tmp)))
+            os.rename(tmp, path)
+        return path
+
+    def make_folder(self, folder: str) -> None:
+        """Make a Maildir (or the queue's folder), and see that it survives a crash."""
+        for sub in ("tmp",) if folder == self.queue_folder else ("tmp", "new", "cur"):
+            os.makedirs(f"{folder}/{sub}", mode=0o700, exist_ok=True)
+        for path in (folder, self.folder, os.path.dirname(self.folder)):
+            self.sync_folder(path)
+
+    def sync_file(self, fd: int) -> None:
+        """Make a file's content durable."""
+        if self.sync:
+            os.fsync(fd)
+
+    def sync_folder(self, folder: str) -> None:
+        """Make the names in a folder durable, which syncing a file in it does not."""
+        if self.sync and os.name == "posix":
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def announce(self, queued: bool) -> None:
+        """Wake whoever waits for mail, and the relay if some of it is for other hosts."""
+        with self.arrived:
+            self.arrived.notify_all()
+        if queued:
+            self.queue_changed.set()
+
+    # ---- for tests and scripts
+
+    def paths(self, address: str) -> list[str]:
+        """Return the files of a mailbox's messages, oldest first."""
+        folder, found = self.mailbox(address), []
+        for sub in ("new", "cur"):
+            with contextlib.suppress(FileNotFoundError):
+                found += [(name, f"{folder}/{sub}/{name}") for name in listing(f"{folder}/{sub}")]
+        return [path for _, path in sorted(found)]
+
+    def messages(self, address: str) -> list:
+        """Return the messages of a mailbox, oldest first, as email.message.EmailMessage."""
+        import email.policy
+
+        found = []
+        for path in self.paths(address):
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                found.append(email.message_from_binary_file(file, policy=email.policy.default))
+        return found
+
+    def wait(self, address: str, count: int = 1, timeout: float = 5, match: Callable | None = None) -> list:
+        """Return the messages of a mailbox (for which `match(message)` is true) once there are `count`.
+
+        Raises TimeoutError, whose text says what did arrive, after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        with self.arrived:
+            while True:
+                every = self.messages(address)
+                found = [message for message in every if not match or match(message)]
+                left = deadline - time.monotonic()
+                if len(found) >= count:
+                    return found
+                if left <= 0:
+                    subjects = ", ".join(repr(message["Subject"]) for message in every) or "nothing"
+                    wanted = f"{count} message{'s' * (count != 1)}{' that match' if match else ''}"
+                    raise TimeoutError(f"{address}: waited {timeout} s for {wanted}; there are: {subjects}")
+                self.arrived.wait(min(left, 0.1))  # another process may deliver, and it does not tell us
+
+    def expect_none(self, address: str, seconds: float) -> None:
+        """Raise AssertionError when a mailbox has or gets a message within `seconds`."""
+        try:
+            [message, *_] = self.wait(address, timeout=seconds)
+        except TimeoutError:
+            return
+        raise AssertionError(f"{address}: no message was expected, there is {message['Subject']!r}")
+
+    def clear(self, address: str | None = None) -> None:
+        """Delete the messages of one mailbox, or of all."""
+        for name in [address] if address else list(self.users.accounts.values()):
+            for path in self.paths(name):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    @contextlib.contextmanager
+    def account(self) -> Iterator[tuple[str, str]]:
+        """Give a fresh account, as (address, password), and take it away again with its mail; for mappings only."""
+        if self.users_path:
+            raise ValueError("account() needs a Store whose users are a mapping")
+        domain = next(iter(sorted(self.loaded.domains)), "example.test")
+        address, password = f"test-{os.urandom(6).hex()}@{domain}", os.urandom(9).hex()
+        self.change_accounts(address, password)
+        try:
+            yield address, password
+        finally:
+            self.change_accounts(address, None)
+            self.clear(address)
+            import shutil
+
+            shutil.rmtree(self.mailbox(address), ignore_errors=True)
+
+    def change_accounts(self, address: str, password: str | None) -> None:
+        with self.users_lock:
+            self.mapping.pop(address, None)
+            if password:
+                self.mapping[address] = password
+            self.loaded = Users.of(self.mapping)
+
+    # ---- the relay's queue
+
+    def queued(self) -> list[dict]:
+        """Return the envelopes of the mail that waits for other hosts, oldest first."""
+        found = [self.envelope(name) for name in self.queue_names()]
+        return sorted((entry for entry in found if entry), key=lambda entry: (entry["arrived"], entry["id"]))
+
+    def queue_names(self) -> list[str]:
+        """Return the ids of the mail that waits for other hosts."""
+        return [name.removesuffix(".json") for name in listing(self.queue_folder) if name.endswith(".json")]
+
+    def envelope(self, name: str) -> dict | None:
+        """Return one queued message's envelope, or None when it is gone (or is none of ours)."""
+        try:
+            with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
+            return None
+
+    def queued_message(self, name: str):
+        """Open one queued message."""
+        return open(f"{self.queue_folder}/{name}", "rb", buffering=0)
+
+    def save_envelope(self, envelope: dict) -> None:
+        """Put a changed envelope in place of the old one, durably."""
+        writer = Incoming(self, [])
+        try:
+            writer.commit(envelope)
+        finally:
+            writer.close()
+
+    def unqueue(self, name: str) -> None:
+        """Remove a message that nobody waits for any more."""
+        os.unlink(f"{self.queue_folder}/{name}.json")
+        self.sync_folder(self.queue_folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.queue_folder}/{name}")
+
+    def lock_queue(self) -> int | None:
+        """Return the descriptor that holds the queue's lock, or None when another process works on it."""
+        return take_lock(f"{self.queue_folder}/lock")
+
+    def request_start(self, node: str) -> None:
+        """Ask whoever works on the queue to try a host or domain (`#` for all) now."""
+        with open(f"{self.queue_folder}/start", "a", encoding="utf-8") as file:
+            file.write(f"{node}\n")
+        self.queue_changed.set()
+
+    def start_requests(self) -> list[str]:
+        """Return, once, what `request_start` has been called with."""
+        taken = f"{self.queue_folder}/tmp/start"
+        try:
+            os.replace(f"{self.queue_folder}/start", taken)
+        except FileNotFoundError:
+            return []
+        with open(taken, encoding="utf-8") as file:
+            return file.read().split()
+
+
+def listing(folder: str) -> list[str]:
+    """Return the names in a folder that may be messages."""
+    return [name for name in os.listdir(folder) if not name.startswith(".")]
+
+
+def take_lock(path: str) -> int | None:
+    """Return a descriptor that holds a file's lock until it is closed, or None when somebody else does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        lock(fd)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+# ---------------------------------------------------------------- what POP3 sees of it
+
+
+WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,[^:\n]*)?(?::[^\n]*)?$", re.MULTILINE)
+PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
+
+
+class InUse(Exception):
+    """Another session has the maildrop open."""
+
+
+class Maildrop:
+    """The messages of one mailbox as they were when it was opened, oldest first, under its exclusive lock.
+
+    Attributes: `names` (of the files) and `sizes` (octets on the wire, before dot-stuffing); the index of a message is
+    the same in both and never changes.  Raises InUse, or OSError.
+    """
+
+    def __init__(self, store: Store, address: str):
+        self.store, self.folder = store, store.mailbox(address)
+        try:
+            self.lock = take_lock(f"{self.folder}/pop3.lock")
+        except FileNotFoundError:
+            store.make_folder(self.folder)
+            self.lock = take_lock(f"{self.folder}/pop3.lock")
+        if self.lock is None:
+            raise InUse
+        try:
+            self.take_snapshot()
+        except BaseException:
+            self.close()
+            raise
+
+    def take_snapshot(self) -> None:
+        new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
+        self.seen = set(cur)
+        names = sorted(new + cur) if cur else sorted(new)
+        text = "\n".join(names)
+        sizes = WIRE_SIZE.findall(text)
+        if len(sizes) == len(names) == text.count("\n") + bool(names):
+            self.names, self.sizes = names, list(map(int, sizes))
+        else:
+            self.names, self.sizes = self.measure(names)
+
+    def measure(self, names: list[str]) -> tuple[list[str], list[int]]:
+        """Return those names that are messages, and their sizes, with the help of what was measured before."""
+        known, now, kept, sizes = self.read_sizes(), {}, [], []
+        for name in names:
+            if match := WIRE_SIZE.search(name):
+                size = int(match[1])
+            else:
+                try:
+                    state = os.stat(self.path(name))
+                    stamp = (state.st_size, state.st_mtime_ns)
+                    size = known[name][1] if name in known and known[name][0] == stamp else self.wire_size(name)
+                except OSError:
+                    continue  # gone again, or a folder
+                now[name] = (stamp, size)
+            kept.append(name)
+            sizes.append(size)
+        if now != known:
+            self.write_sizes(now)
+        return kept, sizes
+
+    def wire_size(self, name: str) -> int:
+        with open(self.path(name), "rb", buffering=0) as file:
+            return sum(map(len, wire(file)))
+
+    def read_sizes(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """Return what was measured before: name to (file's size and time, size on the wire)."""
+        known = {}
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"{self.folder}/pop3.sizes", encoding="utf-8", errors="surrogateescape") as file:
+                for line in file:
+                    size, mtime, wired, name = line[:-1].split(" ", 3)
+                    known[name] = ((int(size), int(mtime)), int(wired))
+        return known
+
+    def write_sizes(self, sizes: dict) -> None:
+        lines = [f"{a} {b} {size} {name}\n" for name, ((a, b), size) in sizes.items() if "\n" not in name]
+        tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
+        with contextlib.suppress(OSError):  # it only saves time
+            with open(tmp, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(lines)
+            os.replace(tmp, f"{self.folder}/pop3.sizes")
+
+    def uids(self) -> list[str]:
+        """Return every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
+        uids = [name.partition(":")[0] for name in self.names]
+        if len(set(uids)) < len(uids):  # the same name twice, with other flags
+            uids = [name if uids.count(uid) > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
+        return [uid if PLAIN_UID.fullmatch(uid) else hash_of(uid) for uid in uids]
+
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{'cur' if name in self.seen else 'new'}/{name}"
+
+    def open(self, index: int):
+        """Open a message's file, also when another program has moved or flagged it; FileNotFoundError: it is gone."""
+        try:
+            return open(self.path(self.names[index]), "rb", buffering=0)
+        except FileNotFoundError:
+            return open(self.moved(index), "rb", buffering=0)
+
+    def moved(self, index: int) -> str:
+        """Return where a message is now; raise FileNotFoundError when it is nowhere."""
+        base = self.names[index].partition(":")[0]
+        for sub in ("cur", "new"):
+            for name in listing(f"{self.folder}/{sub}"):
+                if name.partition(":")[0] == base:
+                    return f"{self.folder}/{sub}/{name}"
+        raise FileNotFoundError(2, "gone", base)
+
+    def remove(self, indexes: Iterable[int]) -> int:
+        """Delete messages for good; return how many could not be deleted (those that are gone already could)."""
+        failed, folders = 0, set()
+        for index in indexes:
+            try:
+                path = self.path(self.names[index])
+                try:
+                    os.unlink(path)
+                except FileNotFoundError:
+                    os.unlink(path := self.moved(index))
+                folders.add(os.path.dirname(path))
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                log.error("can't delete %s: %s", self.names[index], error)
+                failed += 1
+        for folder in folders:
+            self.store.sync_folder(folder)
+        return failed
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def hash_of(text: str) -> str:
+    """Return 64 printable characters that stand for a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def wire(file, size: int = BLOCK) -> Iterator[bytes]:
+    """Yield a message as it goes over the wire, in blocks of some `size` octets: each line ends in CRLF, the last too."""
+    held, end, data = b"", b"\n", b"..."
+    while data := file.read(size):
+        short = len(data) < size
+        data = held + data
+        held = b"\r" if data.endswith(b"\r") else b""  # its LF may come with the next block
+        data = data.removesuffix(b"\r")
+        if data.count(b"\n") != data.count(b"\r\n"):
+            data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        if data:
+            end = data[-1:]
+            yield data
+        if short:
+            break
+    if held or end != b"\n":
+        yield b"\r\n"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def show_accounts(store: Store, args) -> int:
+    for address in store.users.accounts.values():
+        octets = sum(os.path.getsize(path) for path in store.paths(address))
+        print(f"{address}\t{len(store.paths(address))} messages\t{octets} octets")
+    for name, members in store.users.lists.values():
+        print(f"{name}\t= {', '.join(members)}")
+    return 0
+
+
+def show_list(store: Store, args) -> int:
+    for number, message in enumerate(store.messages(args.address), 1):
+        fields = (message.get(field, "-") for field in ("Date", "From", "Subject"))
+        print(number, *(" ".join(str(field).split()) for field in fields), sep="\t")
+    return 0
+
+
+def show_message(store: Store, args) -> int:
+    paths = store.paths(args.address)
+    if not 1 <= args.number <= len(paths):
+        raise ValueError(f"{args.address} has {len(paths)} messages, there is no number {args.number}")
+    with open(paths[args.number - 1], "rb") as file:
+        for block in wire(file):
+            sys.stdout.buffer.write(block.replace(b"\r\n", b"\n"))
+    return 0
+
+
+def wait_for_mail(store: Store, args) -> int:
+    try:
+        store.wait(args.address, timeout=args.timeout)
+    except TimeoutError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return show_list(store, args)
+
+
+def show_queue(store: Store, args) -> int:
+    now = time.time()
+    for entry in store.queued():
+        waiting = entry["recipients"]
+        due = min((r["next"] for r in waiting), default=now) - now
+        fields = [
+            entry["id"],
+            f"{now - entry['arrived']:.0f} s old",
+            "next try " + (f"in {due:.0f} s" if due > 0 else "now"),
+        ]
+        fields += [f"from <{entry['sender']}>", "to " + ", ".join(r["address"] for r in waiting)]
+        print(*fields, next((r["error"] for r in waiting if r["error"]), "-"), sep="\t")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look at the spool from a shell; return the exit status."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="store.py", description="Look at the spool.")
+    parser.add_argument("--users", help="accounts (users.txt, else the one beside this program)")
+    parser.add_argument("--spool", default="spool", help="where mail is kept (%(default)s)")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds that `wait` waits (%(default)s)")
+    parser.add_argument("word", choices=["accounts", "list", "show", "wait", "hash", "queue"])
+    parser.add_argument("address", nargs="?", help="for list, show and wait: the mailbox")
+    parser.add_argument("number", nargs="?", type=int, help="for show: which message, 1 is the oldest")
+    args = parser.parse_intermixed_args(argv)
+    if (args.word in ("list", "show", "wait")) != bool(args.address) or (args.word == "show") != (
+        args.number is not None
+    ):
+        parser.error("list ADDRESS, show ADDRESS N, wait ADDRESS; accounts, hash and queue take nothing")
+    if args.word == "hash":
+        import getpass
+
+        print(hash_password(getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")))
+        return 0
+    try:
+        store = Store(args.spool, users_file(args.users))
+        if args.address:
+            args.address = store.users.login_address(args.address)
+            if not args.address:
+                raise ValueError("no such account; `accounts` shows them")
+        words = {"accounts": show_accounts, "list": show_list, "show": show_message, "wait": wait_for_mail}
+        return {**words, "queue": show_queue}[args.word](store, args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 1
+    except ValueError as error:
+        print(f"store.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"store.py: {error.filename or args.spool}: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def users_file(named: str | None) -> str:
+    """Return the users file to use: the one named, else the one here, else the one beside this program."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "users.txt")
+    return named or ("users.txt" if os.path.exists("users.txt") or not os.path.exists(beside) else beside)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -96,7 +96,7 @@ def split_address(text: str, default: int) -> tuple[str, int]:
 
 
 def stuff(blocks, line_start=True):
-    """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3); takes and yields blocks that hold CRLF lines."""
+    """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3); takes and yields blocks of CRLF lines."""
     for block in blocks:
         if line_start and block.startswith(b"."):
             yield b"."
@@ -678,11 +678,9 @@ class LineServer(socketserver.ThreadingTCPServer):
         if not self.shared:
             self.wake_acceptors()
         for session in list(self.sessions):
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 # Not the TLS socket's own shutdown(), which would drop the encryption under the session's feet.
                 socket.socket.shutdown(session.request, socket.SHUT_RD)
-            except (OSError, ValueError):
-                pass
 
     def wake_acceptors(self) -> None:
         """Make every accept() return: Linux does when the listener is shut down, other systems want a connection."""
@@ -736,7 +734,7 @@ def tls_context(cert: str, key: str | None):
 
 
 def self_signed(folder, hostname: str) -> tuple[str, str]:
-    """Return certificate and key for `hostname`, made once by the openssl program and kept beside the spool `folder`."""
+    """Return certificate and key for `hostname`, made once by the openssl program, kept beside the spool `folder`."""
     stem = f"{os.path.abspath(folder)}.{hostname}"
     cert, key = f"{stem}.cert.pem", f"{stem}.key.pem"
     if os.path.exists(cert) and os.path.exists(key):
@@ -754,9 +752,8 @@ def self_signed(folder, hostname: str) -> tuple[str, str]:
     except FileNotFoundError:
         raise ValueError("--tls-self-signed needs the openssl program; none was found") from None
     except subprocess.SubprocessError as error:
-        raise ValueError(
-            f"openssl made no certificate: {(getattr(error, 'stderr', '') or str(error)).strip()}"
-        ) from None
+        said = getattr(error, "stderr", None) or error
+        raise ValueError(f"openssl made no certificate: {said}") from None
     return cert, key
 
 
@@ -797,14 +794,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on (%(default)s: this machine only)")
     add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
     for flag, usual in tls_ports:
-        add(
-            flag,
-            type=port_number,
-            nargs="?",
-            const=usual,
-            metavar="P",
-            help=f"TLS from the first byte on this port ({usual})",
-        )
+        add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
     add("--users", default=None, metavar="FILE", help="accounts (users.txt, else the one beside this program)")
     add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
     add("--hostname", metavar="NAME", help="our name in the greeting and in mail (this machine's)")
@@ -817,16 +807,10 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
         type=positive,
         default=1000,
         metavar="N",
-        help="sessions at a time, per process and port (%(default)s)",
+        help="sessions, per process and port (%(default)s)",
     )
     add("--timeout", type=positive, metavar="SECONDS", help="for a line to arrive, then the session ends")
-    add(
-        "--processes",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="processes that share the work, a core each (%(default)s)",
-    )
+    add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
 
@@ -860,7 +844,7 @@ def check_options(parser, args) -> None:
 
 def shared_options(args) -> dict:
     """Return the keywords of a server class for the options that both programs have."""
-    names = "hostname tls_cert tls_key tls_self_signed require_tls max_connections timeout trace".split()
+    names = ["hostname", "tls_cert", "tls_key", "tls_self_signed", "require_tls", "max_connections", "timeout", "trace"]
     return {name: getattr(args, name) for name in names}
 
 

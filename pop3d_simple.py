@@ -52,13 +52,13 @@ def top(blocks, count: int):
     else:
         return
     start = end + 4 - (len(seen) - len(block))  # in this block
-    for block in itertools.chain([block], blocks):
-        while count and (start := block.find(b"\n", start) + 1):
+    for part in itertools.chain([block], blocks):
+        while count and (start := part.find(b"\n", start) + 1):
             count -= 1
         if start:
-            yield block[:start]
+            yield part[:start]
             return
-        yield block
+        yield part
 
 
 # ---------------------------------------------------------------- one session
@@ -119,16 +119,8 @@ class POP3Handler(LineHandler):
 
     def capa(self, argument):
         self.nothing(argument)
-        words = [
-            "TOP",
-            "UIDL",
-            "RESP-CODES",
-            "AUTH-RESP-CODE",
-            "PIPELINING",
-            "EXPIRE NEVER",
-            "LOGIN-DELAY 0",
-            "UTF8 USER",
-        ]
+        words = ["TOP", "UIDL", "RESP-CODES", "AUTH-RESP-CODE", "PIPELINING"]
+        words += ["EXPIRE NEVER", "LOGIN-DELAY 0", "UTF8 USER"]
         if self.server.tls and not self.tls and not self.maildrop:
             words.append("STLS")
         if self.may_log_in_here():

@@ -18,6 +18,7 @@ A message's way: `SMTPHandler` reads lines, keeps an `Envelope` -> `Arrival` rea
 disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Relay` sends it on through smtplib.
 """
 
+import contextlib
 import dataclasses
 import errno
 import itertools
@@ -710,18 +711,8 @@ class SMTPHandler(LineHandler):
 
 def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: dict, octets: int) -> dict:
     """Return the record of a message that the queue keeps as JSON, one dict per recipient who waits."""
-    waiting = [
-        {
-            "address": r.address,
-            "notify": r.notify,
-            "orcpt": r.orcpt,
-            "attempts": 0,
-            "next": 0.0,
-            "error": "",
-            "warned": False,
-        }
-        for r in recipients
-    ]
+    fresh = {"attempts": 0, "next": 0.0, "error": "", "warned": False}
+    waiting = [{"address": r.address, "notify": r.notify, "orcpt": r.orcpt, **fresh} for r in recipients]
     head = {"id": name, "sender": sender, "arrived": time.time(), "octets": octets}
     return {**head, "parameters": parameters, "recipients": waiting}
 
@@ -733,7 +724,7 @@ def wants(waiting: dict, event: str) -> bool:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3)."""
+    """What an attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3)."""
 
     action: str
     status: str
@@ -939,10 +930,8 @@ class Relay:
     def leave(self, client) -> None:
         import smtplib
 
-        try:
+        with contextlib.suppress(OSError, smtplib.SMTPException):
             client.quit()
-        except (OSError, smtplib.SMTPException):
-            pass
         self.drop(client)
 
     def drop(self, client) -> None:
@@ -1171,13 +1160,12 @@ class SMTPServer(LineServer):
         super().__init__(address, SMTPHandler, store, **options)
         self.require_auth, self.size_limit, self.on_message = require_auth, size_limit, on_message
         try:
-            shared = isinstance(relay, Relay)
-            self.relay = (
-                relay if shared else Relay(store, self.hostname, relay, as_routes(route), **(relay_options or {}))
-            )
+            if not isinstance(relay, Relay):
+                relay = Relay(store, self.hostname, relay, as_routes(route), **(relay_options or {}))
         except ValueError:
             self.socket.close()
             raise
+        self.relay = relay
 
     def start(self) -> None:
         super().start()
@@ -1210,11 +1198,7 @@ def parse_arguments(argv: list[str] | None):
     add("--size-limit", type=lineserver.positive, default=MAX_SIZE, metavar="BYTES", help="of a message (%(default)s)")
     add("--relay", metavar="HOST[:PORT]", help="next host for what is not local, from users who logged in")
     add("--route", action="append", metavar="DOMAIN=HOST[:PORT]", help="next host for one domain; may be repeated")
-    add(
-        "--intercept",
-        metavar="FILE.py",
-        help="a file with intercept(session, verb, argument), which may answer instead",
-    )
+    add("--intercept", metavar="FILE.py", help="a file whose intercept(session, verb, argument) may answer")
     add("--no-sync", action="store_true", help="acknowledge mail before the disk has it")
     args = parser.parse_args(argv)
     lineserver.check_options(parser, args)

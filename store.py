@@ -1,6 +1,6 @@
 """Everything on disk: users.txt, one Maildir per account, the relay's queue.
 
-    spool/<address>/tmp,new,cur   one flat file per message, CRLF line ends, byte for byte as sent behind our trace fields
+    spool/<address>/tmp,new,cur   one flat file per message, CRLF line ends, as sent behind our trace fields
     spool/<address>/pop3.lock     held by the one POP3 session that has the mailbox open
     spool/<address>/pop3.sizes    the sizes of messages that other programs put there, so that they are read only once
     spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (its envelope)
@@ -230,7 +230,7 @@ class Users:
         return hits[0] if len(hits) == 1 else None
 
     def check_password(self, name: str, password: bytes) -> str | None:
-        """Return the account that a name and a password open, or None; a wrong name costs what a wrong password does."""
+        """Return the account that a name and a password open, or None; a wrong name costs what a wrong one does."""
         import hmac
 
         address = self.login_address(name)
@@ -250,7 +250,7 @@ class Users:
         return address
 
     def check_digest(self, name: str, answer: Callable[[bytes], str], digest: str) -> str | None:
-        """Return the account whose plain password makes `answer(password)` the digest, or None (hashed ones never do)."""
+        """Return the account whose plain password makes `answer(password)` the digest (hashed ones never do)."""
         import hmac
 
         address = self.login_address(name)
@@ -742,11 +742,11 @@ class Maildrop:
     def read_sizes(self) -> dict[str, tuple[tuple[int, int], int]]:
         """Return what was measured before: name to (file's size and time, size on the wire)."""
         known = {}
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"{self.folder}/pop3.sizes", encoding="utf-8", errors="surrogateescape") as file:
-                for line in file:
-                    size, mtime, wired, name = line[:-1].split(" ", 3)
-                    known[name] = ((int(size), int(mtime)), int(wired))
+        path = f"{self.folder}/pop3.sizes"
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                size, mtime, wired, name = line[:-1].split(" ", 3)
+                known[name] = ((int(size), int(mtime)), int(wired))
         return known
 
     def write_sizes(self, sizes: dict) -> None:
@@ -818,7 +818,7 @@ def hash_of(text: str) -> str:
 
 
 def wire(file, size: int = BLOCK) -> Iterator[bytes]:
-    """Yield a message as it goes over the wire, in blocks of some `size` octets: each line ends in CRLF, the last too."""
+    """Yield a message as it goes over the wire, in blocks of some `size` octets: every line ends in CRLF."""
     held, end, data = b"", b"\n", b"..."
     while data := file.read(size):
         short = len(data) < size

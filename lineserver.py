@@ -735,26 +735,34 @@ def tls_context(cert: str, key: str | None):
 
 def self_signed(folder, hostname: str) -> tuple[str, str]:
     """Return certificate and key for `hostname`, made once by the openssl program, kept beside the spool `folder`."""
-    stem = f"{os.path.abspath(folder)}.{hostname}"
-    cert, key = f"{stem}.cert.pem", f"{stem}.key.pem"
-    if os.path.exists(cert) and os.path.exists(key):
-        return cert, key
+    home = f"{os.path.abspath(folder)}.{hostname}.tls"
+    cert, key = f"{home}/cert.pem", f"{home}/key.pem"
+    if not os.path.exists(home):
+        import tempfile
+
+        os.makedirs(os.path.dirname(home), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(home)) as made:  # only its owner can look into it
+            run_openssl(f"{made}/tls", hostname)
+            with contextlib.suppress(OSError):  # another server has been faster
+                os.rename(f"{made}/tls", home)
+    return cert, key
+
+
+def run_openssl(folder: str, hostname: str) -> None:
+    """Make a folder with cert.pem and key.pem in it; raise ValueError saying what went wrong."""
     names = f"subjectAltName=DNS:{hostname},DNS:localhost,IP:127.0.0.1,IP:::1"
     argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     argv += ["-days", "3650", "-subj", f"/CN={hostname[:64]}", "-addext", names]
-    argv += ["-keyout", f"{key}.{os.getpid()}", "-out", f"{cert}.{os.getpid()}"]
+    os.mkdir(folder, 0o700)
     try:
-        os.makedirs(os.path.dirname(stem), exist_ok=True)
-        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60)
-        for path in (key, cert):  # whole or not at all, should two servers start at once
-            os.chmod(f"{path}.{os.getpid()}", 0o600)
-            os.replace(f"{path}.{os.getpid()}", path)
+        subprocess.run(
+            [*argv, "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, capture_output=True, timeout=60
+        )
     except FileNotFoundError:
         raise ValueError("--tls-self-signed needs the openssl program; none was found") from None
     except subprocess.SubprocessError as error:
-        said = getattr(error, "stderr", None) or error
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or error
         raise ValueError(f"openssl made no certificate: {said}") from None
-    return cert, key
 
 
 # ---------------------------------------------------------------- the trace

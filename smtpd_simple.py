@@ -386,7 +386,7 @@ class SMTPHandler(LineHandler):
 
     def auth(self, argument):
         """AUTH LOGIN -- log in; name and password are asked for, in base64"""
-        mechanism, *initial = argument.split()
+        mechanism, *initial = argument.split() or [""]
         if self.user:
             raise Refused(f"503 5.5.1 You are logged in as {self.user}")
         if self.envelope:
@@ -395,7 +395,7 @@ class SMTPHandler(LineHandler):
             raise Refused("503 5.5.1 EHLO first")
         if not self.may_log_in_here():
             raise Refused("538 5.7.11 STARTTLS first: a password must not cross this line in clear")
-        if len(initial) > 1:
+        if not mechanism or len(initial) > 1:
             raise Refused("501 5.5.4 Write AUTH mechanism or AUTH mechanism base64")
         self.user = self.sasl(mechanism, initial[0] if initial else None)
         return f"235 2.7.0 Welcome, {self.user}"

@@ -1,0 +1,117 @@
+"""Plays back dialogues.
+
+A script is lines: `C: text` is sent with CRLF, `X: b"..."` sends exactly these octets (any Python expression), `S: pattern`
+is what must come back (a shell pattern, `*` matches anything), `...` stands for any lines in between, `TLS` starts the
+encryption, `EOF` wants the server to hang up.  A failure says which line of which script it was.
+"""
+
+import fnmatch
+import re
+import socket
+import ssl
+import textwrap
+
+
+class Mismatch(AssertionError):
+    """The server said something else; the text shows the script up to that line."""
+
+
+class Line:
+    """A raw client: sends octets, reads lines, each read with a deadline."""
+
+    def __init__(self, host, port, source=None, seconds=10):
+        self.sock = socket.create_connection((host, port), seconds, source_address=(source, 0) if source else None)
+        self.file = self.sock.makefile("rb")
+
+    def send(self, data):
+        self.sock.sendall(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+
+    def readline(self):
+        """Return the next line without its end; raise ConnectionError when the server has hung up."""
+        line = self.file.readline()
+        if not line:
+            raise ConnectionError("hung up")
+        assert line.endswith(b"\r\n"), f"a line without CRLF: {line!r}"
+        return line[:-2].decode("utf-8", "surrogateescape")
+
+    def reply(self):
+        """Return a whole SMTP reply as one string."""
+        lines = [self.readline()]
+        while lines[-1][3:4] == "-":
+            lines.append(self.readline())
+        return "\n".join(lines)
+
+    def ask(self, command):
+        """Send one command, return the SMTP reply or the POP3 status line."""
+        self.send(command + "\r\n")
+        return self.reply()
+
+    def at_end(self):
+        try:
+            return self.file.read(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def start_tls(self, context=None):
+        self.file.close()
+        if context is None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.sock = context.wrap_socket(self.sock, server_hostname="localhost")
+        self.file = self.sock.makefile("rb")
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def play(server, script, name="script"):
+    """Play a script against a server; raise Mismatch at the first line that differs."""
+    lines = [line for line in textwrap.dedent(script).strip("\n").split("\n") if line.strip()]
+    with Line(server.host, server.port, seconds=15) as client:
+        skipping = False
+        for number, line in enumerate(lines):
+            if line == "...":
+                skipping = True
+            elif line == "EOF":
+                check(client.at_end(), name, lines, number, "the server did not hang up")
+            elif line == "TLS":
+                client.start_tls()
+            elif line.startswith("C:"):
+                client.send(line[3:] + "\r\n")
+            elif line.startswith("X:"):
+                client.send(eval(line[2:].strip(), {}))
+            else:
+                assert line.startswith("S:"), line
+                expect(client, line[3:], skipping, name, lines, number)
+                skipping = False
+
+
+def expect(client, pattern, skipping, name, lines, number):
+    seen = []
+    while True:
+        try:
+            seen.append(client.readline())
+        except (TimeoutError, ConnectionError) as error:
+            seen.append(f"({error})")
+            break
+        if matches(seen[-1], pattern):
+            return
+        if not skipping or seen[-1] == ".":
+            break
+    check(False, name, lines, number, "the server said: " + "\n      ".join(seen[-5:]))
+
+
+def matches(text, pattern):
+    return re.fullmatch(fnmatch.translate(pattern), text) is not None
+
+
+def check(good, name, lines, number, what):
+    if not good:
+        raise Mismatch(f"{name}, line {number + 1}\n" + "\n".join([*lines[: number + 1], f"  !! {what}"]))

@@ -1,0 +1,293 @@
+"""From the socket to the file and back: dots, line ends, end of data, in pieces of every size (RFC 5321 4.5.2)."""
+
+import io
+import itertools
+import os
+
+import pytest
+from conftest import send
+from conversation import Line
+
+import smtpd_simple
+from lineserver import stuff
+from pop3d_simple import top
+from smtpd_simple import Newlines, unstuff
+from store import wire
+
+
+def pieces(data, size):
+    return [data[at : at + size] for at in range(0, len(data), size)] if size else [data]
+
+
+def read_data(data, size):
+    """Run what follows DATA through unstuff() in pieces; return content and rest, or None if it did not end."""
+    rest, out = b"\r\n", b""
+    blocks = iter(pieces(data, size))
+    for block in blocks:
+        content, rest, ended = unstuff(rest + block)
+        out += content
+        if ended:
+            return out[2:], rest + b"".join(blocks)
+    return None
+
+
+UNSTUFF = {  # what follows DATA: (content, what is left), or None: it has not ended
+    b".\r\n": (b"", b""),
+    b"a\r\n.\r\n": (b"a\r\n", b""),
+    b"a\r\n.\r\nQUIT\r\n": (b"a\r\n", b"QUIT\r\n"),
+    b"..\r\n.\r\n": (b".\r\n", b""),
+    b"...\r\n.\r\n": (b"..\r\n", b""),
+    b".a\r\n.\r\n": (b"a\r\n", b""),
+    b"a\r\n..b\r\n...\r\n.\r\n": (b"a\r\n.b\r\n..\r\n", b""),
+    b"\r\n\r\n.\r\n": (b"\r\n\r\n", b""),
+    b"\r\n.\r\n.\r\n": (b"\r\n", b".\r\n"),
+    b"a.b\r\nc.\r\n.\r\n": (b"a.b\r\nc.\r\n", b""),
+    b"\0\xff\r\n.\r\n": (b"\0\xff\r\n", b""),
+    b"a\n.\nb\r\n.\r\n": (b"a\n.\nb\r\n", b""),
+    b"a\n.\r\nb\r\n.\r\n": (b"a\n.\r\nb\r\n", b""),
+    b"a\r\n.\nb\r\n.\r\n": (b"a\r\n\nb\r\n", b""),
+    b"a\r.\rb\r\n.\r\n": (b"a\r.\rb\r\n", b""),
+    b"a\r\n.\rb\r\n.\r\n": (b"a\r\n\rb\r\n", b""),
+    b"a\r.\r\nb\r\n.\r\n": (b"a\r.\r\nb\r\n", b""),
+    b"a\r\n\0.\r\nb\r\n.\r\n": (b"a\r\n\0.\r\nb\r\n", b""),
+    b"a\r\n.\0\r\nb\r\n.\r\n": (b"a\r\n\0\r\nb\r\n", b""),
+    b"a\r\r\n.\r\n": (b"a\r\r\n", b""),
+    b"a\r\n.": None,
+    b"a\r\n.\r": None,
+    b"a\r\n.\n": None,
+    b"a\n.\n": None,
+}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("data", UNSTUFF, ids=repr)
+def test_unstuff(data, size):
+    assert read_data(data, size) == UNSTUFF[data]
+
+
+def test_unstuff_every_short_text_in_every_cut():
+    """All texts of five parts of dot, CR, LF, a: the same content whole and octet by octet."""
+    for parts in itertools.product([b".", b"\r", b"\n", b"\r\n", b"a"], repeat=5):
+        data = b"".join(parts) + b"\r\n.\r\n"
+        assert read_data(data, 0) == read_data(data, 1) == read_data(data, 3), data
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("data", "wanted", "bare"),
+    [
+        (b"a\r\nb\r\n", b"a\r\nb\r\n", 0),
+        (b"a\nb\n", b"a\r\nb\r\n", 2),
+        (b"a\rb\r", b"a\r\nb\r\n", 2),
+        (b"a\r\r\n\n\r", b"a\r\n\r\n\r\n\r\n", 3),
+        (b"", b"", 0),
+    ],
+)
+def test_newlines(data, wanted, bare, size):
+    newlines = Newlines()
+    assert b"".join(map(newlines.feed, pieces(data, size))) + newlines.end() == wanted
+    assert newlines.bare == bare
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        (b"", b""),
+        (b"a\r\nb\r\n", b"a\r\nb\r\n"),
+        (b"a\nb\n", b"a\r\nb\r\n"),
+        (b"a\nb", b"a\r\nb\r\n"),
+        (b"a\r\n\nb\rc\r\n", b"a\r\n\r\nb\rc\r\n"),
+        (b"a\r", b"a\r\n"),
+    ],
+)
+def test_wire(file, wanted, size):
+    assert b"".join(wire(io.BytesIO(file), size)) == wanted
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (b".\r\n..\r\na.\r\n", b"..\r\n...\r\na.\r\n"),
+        (b"a\r\n.b\r\n", b"a\r\n..b\r\n"),
+        (b"a\r.b\r\n", b"a\r.b\r\n"),
+        (b"\r\n", b"\r\n"),
+    ],
+)
+def test_stuff(text, wanted, size):
+    assert b"".join(stuff(pieces(text, size))) == wanted
+
+
+TOP = b"A: 1\r\nB: 2\r\n\r\none\r\ntwo\r\n\r\nfour\r\n"
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+    ("text", "count", "wanted"),
+    [
+        (TOP, 0, b"A: 1\r\nB: 2\r\n\r\n"),
+        (TOP, 1, b"A: 1\r\nB: 2\r\n\r\none\r\n"),
+        (TOP, 3, b"A: 1\r\nB: 2\r\n\r\none\r\ntwo\r\n\r\n"),
+        (TOP, 4, TOP),
+        (TOP, 99, TOP),
+        (b"A: 1\r\n", 5, b"A: 1\r\n"),
+        (b"\r\nno header\r\nb\r\n", 1, b"\r\nno header\r\n"),
+        (b"", 1, b""),
+    ],
+)
+def test_top(text, count, wanted, size):
+    assert b"".join(top(iter(pieces(text, size)), count)) == wanted
+
+
+MESSAGES = {
+    "empty": b"",
+    "one empty line": b"\r\n",
+    "no header": b"\r\nbody only\r\n",
+    "no body": b"Subject: x\r\n",
+    "not a message": b"just a line\r\n",
+    "dots": b"Subject: .\r\n\r\n.\r\n..\r\n.a\r\n...\r\n",
+    "8 bit and NUL": bytes(range(32, 256)) + b"\0\0\r\n",
+    "a line of a megabyte": b"Subject: x\r\n\r\n" + b"x" * 1_000_000 + b"\r\n",
+    "long lines of dots": b"\r\n".join([b"." * 997] * 50) + b"\r\n",
+    "empty lines": b"\r\n" * 1000,
+    "From_ lines": b"Subject: x\r\n\r\nFrom here\r\n>From there\r\n",
+    "streams to disk": b"Subject: x\r\n\r\n" + b"0123456789abcde\r\n" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_octets_in_and_out(smtp, pop3, store, name):
+    """What DATA brings is in the file behind our fields, and RETR gives it back, with the size that LIST said."""
+    content = MESSAGES[name]
+    stuffed = b"".join(stuff([content]))
+    assert send(smtp, stuffed).startswith("250 2.0.0")
+    [path] = store.paths("alice@example.test")
+    with open(path, "rb") as file:
+        data = file.read()
+    assert data.endswith(content)
+    head = data[: len(data) - len(content)].split(b"\r\n")
+    assert [line.partition(b":")[0] for line in head if line[:1] != b"\t"] == [
+        b"Return-Path",
+        b"Delivered-To",
+        b"Received",
+        b"",
+    ]
+    assert retrieve(pop3) == data
+
+
+def retrieve(pop3, number=1, user="alice@example.test", password="wonderland"):
+    with Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask(f"USER {user}")
+        assert client.ask(f"PASS {password}").startswith("+OK")
+        size = int(client.ask(f"LIST {number}").split()[2])
+        assert client.ask(f"RETR {number}") == f"+OK {size} octets"
+        lines = []
+        while (line := client.file.readline()) != b".\r\n":
+            lines.append(line[1:] if line.startswith(b".") else line)
+        data = b"".join(lines)
+        assert len(data) == size
+        return data
+
+
+def test_data_at_every_packet_boundary(smtp, store):
+    """One dialogue, cut in two at each octet of the message and of its end."""
+    text = b"Subject: x\r\n\r\n.\r\n..\r\n\r\n.x\r\n"
+    stuffed = b"".join(stuff([text])) + b".\r\nNOOP\r\n"
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO client.test")
+        for cut in range(1, len(stuffed)):
+            client.ask("MAIL FROM:<>")
+            client.ask("RCPT TO:<alice@example.test>")
+            client.ask("DATA")
+            client.send(stuffed[:cut])
+            client.send(stuffed[cut:])
+            assert client.reply().startswith("250 2.0.0 Ok: queued"), cut
+            assert client.reply() == "250 2.0.0 Ok", cut
+    for path in store.paths("alice@example.test"):
+        with open(path, "rb") as file:
+            assert file.read().endswith(text)
+
+
+def test_bare_newlines_become_crlf(smtp, store):
+    assert send(smtp, b"Subject: x\n\nbare\rcr\r\n").startswith("250")
+    [path] = store.paths("alice@example.test")
+    with open(path, "rb") as file:
+        assert file.read().endswith(b"Subject: x\r\n\r\nbare\r\ncr\r\n")
+
+
+END_OF_DATA = {  # published variants that some servers take for the end of data
+    "LF.LF": b"\n.\n",
+    "LF.CRLF": b"\n.\r\n",
+    "CRLF.LF": b"\r\n.\n",
+    "CR.CR": b"\r.\r",
+    "CR.CRLF": b"\r.\r\n",
+    "CRLF.CR": b"\r\n.\r",
+    "LF.CR": b"\n.\r",
+    "CR.LF": b"\r.\n",
+    "CRLF.NUL CRLF": b"\r\n.\0\r\n",
+    "CRLF NUL.CRLF": b"\r\n\0.\r\n",
+    "CRLF NUL.LF": b"\r\n\0.\n",
+    "CR NUL LF.CR NUL LF": b"\r\0\n.\r\0\n",
+    "CRCRLF.CRCRLF": b"\r\r\n.\r\r\n",
+    "CRLF.CRCRLF": b"\r\n.\r\r\n",
+}
+
+
+@pytest.mark.parametrize("name", END_OF_DATA)
+def test_one_data_is_one_message(smtp, store, name):
+    """Nothing but CRLF.CRLF ends data: what follows another dot is text, not commands (SMTP smuggling)."""
+    inside = b"MAIL FROM:<evil@x.test>\r\nRCPT TO:<bob@example.test>\r\nDATA\r\nSubject: smuggled\r\n\r\nx\r\n"
+    assert send(smtp, b"Subject: outer\r\n\r\nx" + END_OF_DATA[name] + inside).startswith("250")
+    assert len(store.messages("alice@example.test")) == 1
+    assert store.messages("bob@example.test") == []
+    [path] = store.paths("alice@example.test")
+    with open(path, "rb") as file:
+        content = file.read()
+    assert b"MAIL FROM:<evil" in content
+    assert content.count(b"\n") == content.count(b"\r") == content.count(b"\r\n")
+
+
+def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store):
+    """Somebody with netcat: the first line ended in LF, so LF ends lines everywhere, the dot's included."""
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.send(b"EHLO me\n")
+        client.reply()
+        client.send(b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\nSubject: nc\n\n..dot\r\nend\n.\nNOOP\n")
+        replies = [client.reply()[:3] for _ in range(5)]
+    assert replies == ["250", "250", "354", "250", "250"]
+    [path] = store.paths("alice@example.test")
+    with open(path, "rb") as file:
+        assert file.read().endswith(b"Subject: nc\r\n\r\n.dot\r\nend\r\n")
+
+
+def test_lf_later_in_a_session_does_not(smtp, store):
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO me")
+        client.send(b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\n")
+        client.send(b"Subject: x\n\nx\n.\nMAIL FROM:<>\n\r\n.\r\nNOOP\r\n")
+        replies = [client.reply()[:3] for _ in range(5)]
+    assert replies == ["250", "250", "354", "250", "250"]
+    assert len(store.messages("alice@example.test")) == 1
+
+
+def test_too_large_is_read_to_its_end(store, monkeypatch):
+    with (
+        smtpd_simple.SMTPServer(("127.0.0.1", 0), store, size_limit=1000) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
+        client.reply()
+        client.ask("EHLO me")
+        for size, wanted in ((998, "250"), (999, "552 5.3.4"), (5_000_000, "552 5.3.4")):
+            client.ask("MAIL FROM:<>")
+            client.ask("RCPT TO:<alice@example.test>")
+            client.ask("DATA")
+            client.send(b"x" * size + b"\r\n.\r\n")
+            assert client.reply().startswith(wanted)
+        assert client.ask("NOOP").startswith("250")
+    assert len(store.paths("alice@example.test")) == 1
+    assert os.listdir(f"{store.mailbox('alice@example.test')}/tmp") == []

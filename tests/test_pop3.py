@@ -1,0 +1,240 @@
+"""POP3 by the clauses of RFC 1939 and its extensions (2449, 2595, 3206, 5034, 6856): a conversation for each rule."""
+
+import os
+import poplib
+
+import pytest
+from conversation import Line, play
+
+from pop3d_simple import POP3Server
+
+START = "S: +OK * <*@mail.example.test>\n"
+LOGIN = START + "C: USER alice@example.test\nS: +OK*\nC: PASS wonderland\nS: +OK 3 messages (* octets)\n"
+
+SCRIPTS = {
+    "4 QUIT before login": START + "C: QUIT\nS: +OK*\nEOF",
+    "4 PASS without USER": START + "C: PASS wonderland\nS: -ERR *\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
+    "4 USER again after a wrong password": START
+    + "C: USER alice\nS: +OK*\nC: PASS x\nS: -ERR [[]AUTH] *\nC: PASS wonderland\nS: -ERR *\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
+    "7 PASS follows USER at once": START + "C: USER alice\nS: +OK*\nC: UTF8\nS: +OK*\nC: PASS wonderland\nS: -ERR *",
+    "7 an unknown user looks like a wrong password": START
+    + "C: USER nobody\nS: +OK*\nC: PASS x\nS: -ERR [[]AUTH] wrong name or password",
+    "7 a login without its domain": START + "C: USER bob\nS: +OK*\nC: PASS builder\nS: +OK 0 messages (0 octets)",
+    "3 commands of the other state": START
+    + "C: STAT\nS: -ERR *\nC: RETR 1\nS: -ERR *\nC: NOOP\nS: -ERR *\nC: DELE 1\nS: -ERR *",
+    "5 no logging in twice": LOGIN
+    + "C: USER alice\nS: -ERR *\nC: PASS wonderland\nS: -ERR *\nC: AUTH PLAIN\nS: -ERR *",
+    "3 unknown commands and empty lines": START + "C: FOO\nS: -ERR *\nC:\nS: -ERR *\nC: QUIT\nS: +OK*",
+    "5 STAT": LOGIN + "C: stat\nS: +OK 3 [1-9]*",
+    "5 LIST": LOGIN
+    + "C: LIST\nS: +OK 3 messages*\nS: 1 *\nS: 2 *\nS: 3 *\nS: .\nC: LIST 2\nS: +OK 2 *\nC: LIST 4\nS: -ERR *",
+    "5 bad numbers": LOGIN
+    + "".join(
+        f"C: {verb} {n}\nS: -ERR *\nC: NOOP\nS: +OK*\n"
+        for verb in ("LIST", "RETR", "DELE", "UIDL", "TOP")
+        for n in ("0", "-1", "+1", "1_0", "0x1", "x", "99999999999999999999", "1x")
+    )
+    + 'X: "RETR ١\\r\\n".encode()\nS: -ERR *\nC: RETR\nS: -ERR *\nC: DELE\nS: -ERR *',
+    "5 arguments where none belong": LOGIN
+    + "C: STAT 1\nS: -ERR *\nC: NOOP x\nS: -ERR *\nC: RSET 1\nS: -ERR *\nC: QUIT x\nS: -ERR *",
+    "5 RETR": LOGIN + "C: RETR 1\nS: +OK * octets\nS: Subject: 0\nS:\nS: hello\nS: .\nC: RETR 1\nS: +OK*",
+    "5 leading zeros": LOGIN + "C: LIST 01\nS: +OK 1 *",
+    "5 DELE": LOGIN
+    + "C: DELE 2\nS: +OK*\nC: DELE 2\nS: -ERR *\nC: RETR 2\nS: -ERR *\nC: TOP 2 0\nS: -ERR *\nC: LIST 2\nS: -ERR *\nC: UIDL 2\nS: -ERR *\n"
+    "C: STAT\nS: +OK 2 *\nC: LIST\nS: +OK 2 *\nS: 1 *\nS: 3 *\nS: .\nC: UIDL\nS: +OK*\nS: 1 *\nS: 3 *\nS: .\nC: RSET\nS: +OK 3 *\nC: STAT\nS: +OK 3 *",
+    "7 TOP": LOGIN
+    + "C: TOP 1 0\nS: +OK*\nS: Subject: 0\nS:\nS: .\nC: TOP 1 1\nS: +OK*\nS: Subject: 0\nS:\nS: hello\nS: .\nC: TOP 1\nS: +OK*\n"
+    "S: Subject: 0\nS:\nS: .\nC: TOP 1 -1\nS: -ERR *\nC: TOP 1 99999\nS: +OK*\n...\nS: .",
+    "2449 5 CAPA before login": START
+    + "C: CAPA\nS: +OK*\nS: TOP\n...\nS: USER\nS: SASL LOGIN PLAIN CRAM-MD5\nS: IMPLEMENTATION *\nS: .",
+    "2449 5 CAPA after login": LOGIN + "C: CAPA\nS: +OK*\n...\nS: UIDL\n...\nS: EXPIRE NEVER\n...\nS: .",
+    "2449 4 pipelining": START
+    + 'X: b"USER alice\\r\\nPASS wonderland\\r\\nSTAT\\r\\nNOOP\\r\\nQUIT\\r\\n"\nS: +OK*\nS: +OK 3 *\nS: +OK 3 *\nS: +OK\nS: +OK*\nEOF',
+    "6856 UTF8": START + "C: UTF8\nS: +OK*\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*\nC: UTF8\nS: -ERR *",
+    "5034 AUTH alone": START + "C: AUTH\nS: +OK*\nS: LOGIN\nS: PLAIN\nS: CRAM-MD5\nS: .",
+    "5034 AUTH PLAIN": START + "C: AUTH plain\nS: + \nC: AGFsaWNlQGV4YW1wbGUudGVzdAB3b25kZXJsYW5k\nS: +OK 3 *",
+    "5034 AUTH PLAIN at once": START + "C: AUTH PLAIN AGFsaWNlQGV4YW1wbGUudGVzdAB3b25kZXJsYW5k\nS: +OK 3 *",
+    "5034 AUTH LOGIN": START
+    + "C: AUTH LOGIN\nS: + VXNlcm5hbWU6\nC: YWxpY2U=\nS: + UGFzc3dvcmQ6\nC: d29uZGVybGFuZA==\nS: +OK 3 *",
+    "5034 AUTH cancelled, broken, unknown": START
+    + "C: AUTH PLAIN\nS: + \nC: *\nS: -ERR *\nC: AUTH PLAIN\nS: + \nC: ???\nS: -ERR *\nC: AUTH PLAIN =\nS: -ERR *\nC: AUTH FOO\nS: -ERR *",
+    "3206 [AUTH]": START + "C: AUTH PLAIN AGFsaWNlAHg=\nS: -ERR [[]AUTH] *",
+    "a good command forgives errors": START + ("C: FOO\nS: -ERR *\n" * 19 + "C: CAPA\nS: +OK*\n...\nS: .\n") * 2,
+    "too many errors in a row": START + "C: FOO\nS: -ERR *\n" * 20 + "S: -ERR *\nEOF",
+    "a password with spaces": START + "C: USER carol\nS: +OK*\nC: PASS  two words \nS: +OK 0 messages (0 octets)",
+    "a long line": START + "C: USER " + "x" * 50_000 + "\nS: -ERR *\nC: USER alice\nS: +OK*",
+}
+
+
+@pytest.fixture
+def three(store, deliver):
+    store.mapping["carol@example.test"] = " two words "
+    store.change_accounts("dave@example.test", "x")
+    for n in range(3):
+        deliver(b"Subject: %d\r\n\r\nhello\r\n" % n)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rule(pop3, three, name):
+    play(pop3, SCRIPTS[name], name)
+
+
+def login(pop3, user="alice", password="wonderland"):
+    client = poplib.POP3(pop3.host, pop3.port, timeout=10)
+    client.user(user)
+    client.pass_(password)
+    return client
+
+
+def test_quit_deletes_and_nothing_else_does(pop3, store, three):
+    """6: marks are carried out at QUIT in TRANSACTION; a lost connection forgets them."""
+    client = login(pop3)
+    client.dele(1)
+    client.close()
+    assert len(store.messages("alice@example.test")) == 3
+    client = login_when_free(pop3)
+    client.dele(1)
+    client.dele(3)
+    client.quit()
+    assert [m["Subject"] for m in store.messages("alice@example.test")] == ["1"]
+
+
+def login_when_free(pop3):
+    """Log in as soon as the session that was dropped has given back its lock."""
+    while True:
+        try:
+            return login(pop3)
+        except poplib.error_proto as error:
+            if "[IN-USE]" not in str(error):
+                raise
+
+
+def test_a_timeout_deletes_nothing_and_says_nothing(store, three):
+    with POP3Server(("127.0.0.1", 0), store, timeout=0.3) as pop3, Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask("USER alice")
+        client.ask("PASS wonderland")
+        assert client.ask("DELE 1").startswith("+OK")
+        assert client.at_end()
+    assert len(store.messages("alice@example.test")) == 3
+
+
+def test_one_session_at_a_time(pop3, three):
+    client = login(pop3)
+    with pytest.raises(poplib.error_proto, match=r"\[IN-USE\]"):
+        login(pop3)
+    client.quit()
+    login(pop3).quit()
+
+
+def test_numbers_never_change(pop3, store, three, deliver):
+    """The maildrop is a snapshot: what arrives meanwhile is not seen, what is deleted keeps its number."""
+    client = login(pop3)
+    first = client.uidl()[1]
+    deliver(b"Subject: new\r\n\r\n")
+    client.dele(1)
+    assert client.stat()[0] == 2
+    assert client.uidl()[1] == first[1:]
+    assert b"Subject: 2" in client.retr(3)[1]
+    client.quit()
+    client = login(pop3)
+    assert client.stat()[0] == 3
+    assert [line.split()[1] for line in client.uidl()[1]][:2] == [line.split()[1] for line in first[1:]]
+    client.quit()
+
+
+def test_uidl_is_stable_unique_and_short(pop3, store, three):
+    with open(f"{store.mailbox('alice@example.test')}/new/{'long name ' * 12}", "wb") as file:
+        file.write(b"Subject: foreign\n\n")
+    client = login(pop3)
+    uids = [line.split(b" ", 1)[1] for line in client.uidl()[1]]
+    client.quit()
+    assert len(set(uids)) == 4
+    assert all(1 <= len(uid) <= 70 and all(0x21 <= c <= 0x7E for c in uid) for uid in uids)
+    client = login(pop3)
+    assert [line.split(b" ", 1)[1] for line in client.uidl()[1]] == uids
+    client.quit()
+
+
+def test_a_message_that_vanished(pop3, store, three):
+    client = login(pop3)
+    paths = store.paths("alice@example.test")
+    os.unlink(paths[0])
+    cur = paths[1].replace("/new/", "/cur/") + ":2,S"
+    os.rename(paths[1], cur)
+    with pytest.raises(poplib.error_proto, match="gone"):
+        client.retr(1)
+    assert b"Subject: 1" in client.retr(2)[1]  # another program has marked it as read
+    client.dele(1)
+    client.dele(2)
+    client.quit()
+    assert [m["Subject"] for m in store.messages("alice@example.test")] == ["2"]
+
+
+FOREIGN = {
+    "LF line ends": (b"Subject: x\n\n.dot\nend\n", b"Subject: x\r\n\r\n.dot\r\nend\r\n"),
+    "CRLF line ends": (b"Subject: x\r\n\r\nend\r\n", b"Subject: x\r\n\r\nend\r\n"),
+    "mixed": (b"Subject: x\r\n\nend\n", b"Subject: x\r\n\r\nend\r\n"),
+    "no line end at the end": (b"Subject: x\n\nend", b"Subject: x\r\n\r\nend\r\n"),
+    "large": (b"x\n" * 300_000, b"x\r\n" * 300_000),
+    "empty": (b"", b""),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("file", ["new/1700000000.1_2.host", "cur/1700000000.M1P2.host,S=20:2,RS", "new/strange name"])
+def test_files_of_other_programs(pop3, store, name, file):
+    """Other names, flags and line ends: served as the wire wants it, with the size that is sent, twice the same."""
+    content, wanted = FOREIGN[name]
+    store.make_folder(store.mailbox("alice@example.test"))
+    with open(f"{store.mailbox('alice@example.test')}/{file}", "wb") as out:
+        out.write(content)
+    for _ in range(2):
+        client = login(pop3)
+        assert client.stat() == (1, len(wanted))
+        assert b"".join(line + b"\r\n" for line in client.retr(1)[1]) == wanted
+        client.quit()
+
+
+def test_remembered_sizes_are_not_trusted_over_the_file(pop3, store):
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    for content in (b"a\nb\n", b"a\nb\nc\n", b"abc\nd\n"):
+        with open(f"{folder}/new/foreign", "wb") as out:
+            out.write(content)
+        client = login(pop3)
+        assert client.stat() == (1, len(content) + content.count(b"\n"))
+        client.quit()
+    with open(f"{folder}/pop3.sizes", "w") as out:
+        out.write("rubbish\n1 2\n")
+    client = login(pop3)
+    assert client.stat() == (1, 8)
+    client.quit()
+
+
+def test_utf8_of_poplib(pop3, store, deliver):
+    deliver("Subject: Grüße\r\n\r\n用户\r\n".encode())
+    client = poplib.POP3(pop3.host, pop3.port, timeout=10)
+    client.utf8()
+    client.user("alice")
+    client.pass_("wonderland")
+    assert "用户".encode() in client.retr(1)[1]
+    client.quit()
+
+
+def test_quit_says_what_could_not_be_deleted(pop3, store, three, monkeypatch):
+    client = login(pop3)
+    client.dele(1)
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if "/new/" in str(path):
+            raise OSError(30, "Read-only file system")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(poplib.error_proto, match=r"\[SYS/TEMP\]"):
+        client.quit()
+    client.close()
+    monkeypatch.undo()
+    assert len(store.messages("alice@example.test")) == 3

@@ -1,0 +1,168 @@
+"""TLS in both protocols: STARTTLS (RFC 3207), STLS (RFC 2595), implicit TLS, and nothing that crosses the border."""
+
+import poplib
+import smtplib
+import ssl
+import threading
+
+import pytest
+from conversation import Line, play
+
+from pop3d_simple import POP3Server
+from smtpd_simple import SMTPServer
+
+START = "S: 220 *\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\n"
+
+SMTP = {
+    "STARTTLS, and EHLO again": START
+    + "C: STARTTLS\nS: 220 2.0.0 *\nTLS\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\nC: MAIL FROM:<>\nS: 250 *",
+    "what was said before is forgotten": START
+    + "C: MAIL FROM:<a@b.test>\nS: 250 *\nC: STARTTLS\nS: 220 *\nTLS\nC: RCPT TO:<alice@example.test>\nS: 503 *\nC: MAIL FROM:<>\nS: 503 5.5.1 EHLO first",
+    "a login before is forgotten": START
+    + "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 235 *\nC: STARTTLS\nS: 220 *\nTLS\nC: EHLO x\nS: 250-*\n...\nS: 250 *\n"
+    "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 235 *",
+    "STARTTLS takes no argument": START + "C: STARTTLS now\nS: 501 5.5.4 *\nC: NOOP\nS: 250 *",
+    "STARTTLS twice": START + "C: STARTTLS\nS: 220 *\nTLS\nC: STARTTLS\nS: 503 5.5.1 *\nC: NOOP\nS: 250 *",
+    "commands behind STARTTLS end the session": START + 'X: b"STARTTLS\\r\\nRSET\\r\\n"\nS: 220 *\nEOF',
+    "no TLS after all": START + "C: STARTTLS\nS: 220 *\nC: EHLO in.clear\nEOF",
+    "no STARTTLS in EHLO afterwards": START
+    + "C: STARTTLS\nS: 220 *\nTLS\nC: EHLO x\nS: 250-*\nS: 250-PIPELINING\nS: 250-SIZE*\nS: 250-VRFY\nS: 250-ETRN\nS: 250-AUTH LOGIN*\n...\nS: 250 *",
+}
+
+POP3 = {
+    "STLS": "S: +OK*\nC: CAPA\nS: +OK*\n...\nS: STLS\n...\nS: .\nC: STLS\nS: +OK*\nTLS\nC: CAPA\nS: +OK*\n...\nS: .\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
+    "what was said before is forgotten": "S: +OK*\nC: USER alice\nS: +OK*\nC: STLS\nS: +OK*\nTLS\nC: PASS wonderland\nS: -ERR *",
+    "STLS twice": "S: +OK*\nC: STLS\nS: +OK*\nTLS\nC: STLS\nS: -ERR *\nC: CAPA\nS: +OK*\n...\nS: .",
+    "STLS takes no argument": "S: +OK*\nC: STLS x\nS: -ERR *",
+    "STLS after login": "S: +OK*\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*\nC: STLS\nS: -ERR *",
+    "commands behind STLS end the session": 'S: +OK*\nX: b"STLS\\r\\nUSER alice\\r\\n"\nS: +OK*\nEOF',
+}
+
+
+@pytest.mark.parametrize("name", SMTP)
+def test_smtp(store, tls, name):
+    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp:
+        play(smtp, SMTP[name], name)
+
+
+@pytest.mark.parametrize("name", POP3)
+def test_pop3(store, tls, name):
+    with POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+        play(pop3, POP3[name], name)
+
+
+def test_no_certificate_no_tls(smtp, pop3):
+    play(smtp, START + "C: STARTTLS\nS: 502 5.5.1 *\nC: NOOP\nS: 250 *")
+    play(pop3, "S: +OK*\nC: STLS\nS: -ERR *\nC: CAPA\nS: +OK*\n...\nS: .")
+
+
+def test_nothing_but_tls_when_it_is_required(store, tls):
+    with SMTPServer(("127.0.0.1", 0), store, require_tls=True, **tls) as smtp:
+        play(
+            smtp,
+            "S: 220 *\nC: EHLO x\nS: 250-*\nS: 250-PIPELINING\nS: 250-SIZE *\nS: 250-VRFY\nS: 250-ETRN\nS: 250-STARTTLS\nS: 250-ENHANCEDSTATUSCODES\n...\nS: 250 *\n"
+            "C: MAIL FROM:<>\nS: 530 5.7.0 *\nC: AUTH PLAIN x\nS: 530 *\nC: VRFY x\nS: 530 *\nC: NOOP\nS: 250 *\nC: STARTTLS\nS: 220 *\nTLS\n"
+            "C: EHLO x\nS: 250-*\n...\nS: 250-AUTH *\n...\nS: 250 *\nC: MAIL FROM:<>\nS: 250 *",
+        )
+    with POP3Server(("127.0.0.1", 0), store, require_tls=True, **tls) as pop3:
+        play(
+            pop3,
+            "S: +OK*\nC: USER alice\nS: -ERR STLS first*\nC: APOP alice x\nS: -ERR STLS first*\nC: AUTH PLAIN x\nS: -ERR STLS *\n"
+            "C: AUTH\nS: +OK\nS: .\nC: STLS\nS: +OK*\nTLS\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
+        )
+
+
+def test_passwords_in_clear_from_afar(store, tls, monkeypatch):
+    """In clear a password may cross the loopback, and other lines only where there is no certificate."""
+    monkeypatch.setattr("lineserver.is_loopback", lambda host: False)
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        play(smtp, START.replace("...", "...\nS: 250-AUTH LOGIN *\n..."))
+    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp:
+        play(smtp, START + "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 538 5.7.11 *")
+    with POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+        play(pop3, "S: +OK*\nC: USER alice\nS: -ERR STLS first*")
+
+
+def test_implicit_tls_with_python_clients(store, certificate, tls):
+    context = ssl.create_default_context(cafile=certificate[0])
+    with (
+        SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp,
+        POP3Server(("127.0.0.1", 0), store, implicit_tls=True, **tls) as pop3,
+    ):
+        with smtplib.SMTP_SSL("localhost", smtp.port, context=context) as client:
+            client.login("alice", "wonderland")
+            client.sendmail("a@b.test", "alice@example.test", "Subject: over TLS\n\nx\n")
+        client = poplib.POP3_SSL("localhost", pop3.port, context=context)
+        client.user("alice")
+        client.pass_("wonderland")
+        assert b"Subject: over TLS" in client.retr(1)[1]
+        client.quit()
+
+
+def test_starttls_and_stls_with_python_clients(store, certificate, tls):
+    context = ssl.create_default_context(cafile=certificate[0])
+    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp, POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+        with smtplib.SMTP("localhost", smtp.port) as client:
+            client.starttls(context=context)
+            client.login("alice", "wonderland")
+            client.sendmail("a@b.test", "alice@example.test", b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" * 50_000)
+        client = poplib.POP3("localhost", pop3.port)
+        client.stls(context=context)
+        client.apop if False else client.user("alice")
+        client.pass_("wonderland")
+        assert len(client.retr(1)[1]) > 50_000
+        client.quit()
+
+
+def test_old_tls_is_refused(store, tls):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    with SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp:
+        with Line(smtp.host, smtp.port) as client, pytest.raises((ssl.SSLError, ConnectionError)):
+            client.start_tls(context)
+
+
+def test_silent_tls_clients_disturb_nobody(store, tls):
+    """A handshake runs in the session's thread, under a deadline: others are served at once."""
+    with SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, timeout=1, **tls) as smtp:
+        silent = [Line(smtp.host, smtp.port) for _ in range(20)]
+        with Line(smtp.host, smtp.port) as client:
+            client.start_tls()
+            assert client.reply().startswith("220")
+        assert all(client.at_end() for client in silent)
+        for client in silent:
+            client.close()
+
+
+def test_a_session_ends_with_close_notify(store, tls):
+    """Without it a client can't tell the end from a cut line."""
+    with SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp, Line(smtp.host, smtp.port) as client:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        client.file.close()
+        client.sock = context.wrap_socket(client.sock, suppress_ragged_eofs=False)
+        client.file = client.sock.makefile("rb")
+        client.reply()
+        assert client.ask("QUIT").startswith("221")
+        assert client.file.read() == b""
+
+
+def test_a_self_signed_certificate_is_made_once(tmp_path, certificate):
+    from lineserver import self_signed
+
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(self_signed(tmp_path / "spool", "a.test"))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0] == results[1] == self_signed(tmp_path / "spool", "a.test")
+    ssl.create_default_context(cafile=results[0][0])

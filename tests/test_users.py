@@ -1,0 +1,190 @@
+"""users.txt: what each line means, who gets what, and an error with a line number for each kind of mistake."""
+
+import logging
+import os
+
+import pytest
+
+from store import Store, Users, UsersError, hash_password
+
+GOOD = """\
+# comment
+
+alice@example.test:wonderland
+Bob.B@Example.TEST:with spaces : and = and #
+carol@other.test: padded\t
+staff@example.test = alice@example.test, bob.b@example.test
+all@example.test=staff@example.test,carol@other.test
+postmaster@other.test = carol@other.test
+*@caught.test = alice@example.test
+"""
+
+
+@pytest.fixture
+def users(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_text(GOOD)
+    return Users.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [
+        ("alice@example.test", ["alice@example.test"]),
+        ("ALICE@EXAMPLE.TEST", ["alice@example.test"]),
+        ("bob.b@example.test", ["Bob.B@Example.TEST"]),
+        ("alice+tag@example.test", ["alice@example.test"]),
+        ("alice+@example.test", ["alice@example.test"]),
+        ("+alice@example.test", []),
+        ("staff@example.test", ["alice@example.test", "Bob.B@Example.TEST"]),
+        ("staff+x@example.test", ["alice@example.test", "Bob.B@Example.TEST"]),
+        ("all@example.test", ["alice@example.test", "Bob.B@Example.TEST", "carol@other.test"]),
+        ("anything@caught.test", ["alice@example.test"]),
+        ("nobody@example.test", []),
+        ("alice@other.test", []),
+        ("alice@elsewhere.test", []),
+        ("postmaster", ["carol@other.test"]),
+        ("Postmaster@example.test", ["carol@other.test"]),
+        ("postmaster@elsewhere.test", []),
+        ("*@caught.test", ["alice@example.test"]),
+        ("*", []),
+        ("alice", []),
+        ("@example.test", []),
+        ("", []),
+    ],
+)
+def test_where_mail_goes(users, address, wanted):
+    assert users.mailboxes(address) == wanted
+
+
+def test_a_catch_all_for_everything():
+    users = Users.of({"alice@a.test": "x", "bob@b.test": "y", "*": "alice@a.test"})
+    assert users.mailboxes("x@y.test") == users.mailboxes("nobody@b.test") == ["alice@a.test"]
+    assert users.mailboxes("bob@b.test") == ["bob@b.test"]
+    assert users.mailboxes("nodomain") == []
+    assert users.mailboxes("") == []
+
+
+def test_postmaster_is_the_first_account_otherwise():
+    assert Users.of({"z@a.test": "x", "a@a.test": "y"}).mailboxes("POSTMASTER") == ["z@a.test"]
+
+
+def test_passwords(users):
+    check = users.check_password
+    assert check("alice@example.test", b"wonderland") == "alice@example.test"
+    assert check("alice", b"wonderland") == "alice@example.test"
+    assert check("BOB.B", b"with spaces : and = and #") == "Bob.B@Example.TEST"
+    assert check("carol", b" padded\t") == "carol@other.test"
+    for name, password in (
+        ("alice", b"x"),
+        ("alice", b""),
+        ("nobody", b"wonderland"),
+        ("staff", b""),
+        ("", b""),
+        ("*", b""),
+    ):
+        assert check(name, password) is None
+
+
+def test_a_login_without_domain_must_be_unambiguous():
+    users = Users.of({"alice@a.test": "x", "alice@b.test": "x"})
+    assert users.check_password("alice", b"x") is None
+    assert users.check_password("alice@b.test", b"x") == "alice@b.test"
+
+
+def test_hashes(monkeypatch):
+    secret = hash_password("pass word")
+    assert secret.startswith("{SCRYPT}")
+    assert secret != hash_password("pass word")
+    users = Users.of({"carol@a.test": secret, "dave@a.test": "plain"})
+    assert users.check_password("carol", b"wrong") is None
+    assert users.check_password("carol", b"pass word") == "carol@a.test"
+    assert users.check_digest("carol", lambda password: "digest", "digest") is None
+    assert users.check_digest("dave", lambda password: password.decode(), "PLAIN") == "dave@a.test"
+
+    def no_scrypt(*_):
+        raise AssertionError("a login that was right once costs no scrypt")
+
+    monkeypatch.setattr("store.scrypt", no_scrypt)
+    assert users.check_password("carol", b"pass word") == "carol@a.test"
+
+
+def test_every_wrong_login_costs_the_same(monkeypatch):
+    """With one hash in the file, an unknown name and a wrong plain password cost a scrypt, too."""
+    users, count = Users.of({"carol@a.test": hash_password("x"), "dave@a.test": "plain"}), []
+    monkeypatch.setattr("store.scrypt", lambda password, salt: count.append(1) or b"")
+    for name in ("carol", "dave", "nobody"):
+        count.clear()
+        assert users.check_password(name, b"wrong") is None
+        assert len(count) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"alice", "neither"),
+        (b"alice:x", "neither"),
+        (b"alice@example.test", "neither"),
+        (b"alice@example.test:", "no password"),
+        (b"@example.test:x", "neither"),
+        (b"a b@example.test:x", "neither"),
+        (b"a/b@example.test:x", "character"),
+        (b"a\\b@example.test:x", "character"),
+        (b"../x@example.test:x", "character"),
+        (b".alice@example.test:x", "dot"),
+        (b"alice@.test:x", "dot"),
+        (b"a\0b@example.test:x", "character"),
+        (b"a\x1bb@example.test:x", "character"),
+        (b"a" * 65 + b"@example.test:x", "longer"),
+        (b"a@" + b"b" * 256 + b":x", "longer"),
+        (b"caf\xe9@example.test:x", "UTF-8"),
+        (b"carol@example.test:{SCRYPT}xyz", "hash"),
+        (b"*@example.test:x", "catch-all"),
+        (b"one@example.test:x\none@EXAMPLE.test:y", "twice"),
+        (b"list@example.test =", "no members"),
+        (b"list@example.test = nobody@example.test", "neither an account"),
+        (b"list@example.test = list@example.test", "neither an account"),
+        (b"one@example.test = two@example.test\ntwo@example.test = one@example.test", "neither an account"),
+    ],
+)
+def test_mistakes(tmp_path, line, fault):
+    path = tmp_path / "users.txt"
+    path.write_bytes(b"# first\nfirst@example.test:x\n" + line + b"\n")
+    with pytest.raises(UsersError, match=fault) as error:
+        Users.read(str(path))
+    assert str(error.value).startswith((f"{path}:3: ", f"{path}:4: "))
+
+
+def test_no_account_and_no_file(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_text("# nobody\n")
+    with pytest.raises(UsersError, match="no account"):
+        Users.read(str(path))
+    with pytest.raises(FileNotFoundError):
+        Users.read(str(tmp_path / "missing"))
+
+
+def test_windows_line_ends_and_byte_order_mark(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_bytes(b"\xef\xbb\xbfalice@a.test:x\r\nbob@a.test:y\r\n")
+    assert Users.read(str(path)).check_password("bob", b"y") == "bob@a.test"
+
+
+def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
+    """A broken new version is logged with its line, and the old one stays in force."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "users.txt"
+    path.write_text("alice@a.test:one\n")
+    store = Store(tmp_path / "spool", path)
+    path.write_text("alice@a.test:two\n# longer\n")
+    assert store.users.check_password("alice", b"two")
+    path.write_text("alice@a.test:three\nbroken\n")
+    assert store.users.check_password("alice", b"two")
+    assert f"{path}:2: " in caplog.text
+    caplog.clear()
+    assert store.users.check_password("alice", b"two")
+    assert caplog.text == ""
+    os.unlink(path)
+    assert store.users.check_password("alice", b"two")
+    path.write_text("alice@a.test:four\n")
+    assert store.users.check_password("alice", b"four")

@@ -1,8 +1,11 @@
-"""Plays back dialogues.
+"""Plays back dialogues, such as those in the folder conversations/.
 
-A script is lines: `C: text` is sent with CRLF, `X: b"..."` sends exactly these octets (any Python expression), `S: pattern`
-is what must come back (a shell pattern, `*` matches anything), `...` stands for any lines in between, `TLS` starts the
+In a script `C: text` is sent with CRLF, `X: b"..."` sends exactly these octets (any Python expression), `S: pattern` is
+what must come back (a shell pattern: `*` matches anything), `...` stands for any lines in between, `TLS` starts the
 encryption, `EOF` wants the server to hang up.  A failure says which line of which script it was.
+
+In a file each script begins with `== name`; a line `@NAME` puts in the script `== @NAME`, and `20 times:` repeats the
+indented lines behind it.
 """
 
 import fnmatch
@@ -10,6 +13,7 @@ import re
 import socket
 import ssl
 import textwrap
+from pathlib import Path
 
 
 class Mismatch(AssertionError):
@@ -69,6 +73,24 @@ class Line:
 
     def __exit__(self, *_):
         self.close()
+
+
+def scripts(file):
+    """Return the scripts of a file in conversations/, by name."""
+    text = (Path(__file__).parent / "conversations" / file).read_text(encoding="utf-8")
+    parts = re.findall(r"^== (.+)\n((?:(?!== ).*\n?)*)", text, re.MULTILINE)
+    texts = {name: unroll(body.strip("\n")) for name, body in parts}
+
+    def put_in(body):
+        return re.sub(r"^@.+$", lambda match: put_in(texts[match[0]]), body, flags=re.MULTILINE)
+
+    return {name: put_in(body) for name, body in texts.items() if not name.startswith("@")}
+
+
+def unroll(body):
+    """Write out what `20 times:` stands for."""
+    repeated = re.compile(r"^([0-9]+) times:\n((?:  .*(?:\n|$))+)", re.MULTILINE)
+    return repeated.sub(lambda match: int(match[1]) * (textwrap.dedent(match[2]).rstrip("\n") + "\n"), body)
 
 
 def play(server, script, name="script"):

@@ -4,66 +4,11 @@ import os
 import poplib
 
 import pytest
-from conversation import Line, play
+from conversation import Line, play, scripts
 
 from pop3d_simple import POP3Server
 
-START = "S: +OK * <*@mail.example.test>\n"
-LOGIN = START + "C: USER alice@example.test\nS: +OK*\nC: PASS wonderland\nS: +OK 3 messages (* octets)\n"
-
-SCRIPTS = {
-    "4 QUIT before login": START + "C: QUIT\nS: +OK*\nEOF",
-    "4 PASS without USER": START + "C: PASS wonderland\nS: -ERR *\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
-    "4 USER again after a wrong password": START
-    + "C: USER alice\nS: +OK*\nC: PASS x\nS: -ERR [[]AUTH] *\nC: PASS wonderland\nS: -ERR *\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
-    "7 PASS follows USER at once": START + "C: USER alice\nS: +OK*\nC: UTF8\nS: +OK*\nC: PASS wonderland\nS: -ERR *",
-    "7 an unknown user looks like a wrong password": START
-    + "C: USER nobody\nS: +OK*\nC: PASS x\nS: -ERR [[]AUTH] wrong name or password",
-    "7 a login without its domain": START + "C: USER bob\nS: +OK*\nC: PASS builder\nS: +OK 0 messages (0 octets)",
-    "3 commands of the other state": START
-    + "C: STAT\nS: -ERR *\nC: RETR 1\nS: -ERR *\nC: NOOP\nS: -ERR *\nC: DELE 1\nS: -ERR *",
-    "5 no logging in twice": LOGIN
-    + "C: USER alice\nS: -ERR *\nC: PASS wonderland\nS: -ERR *\nC: AUTH PLAIN\nS: -ERR *",
-    "3 unknown commands and empty lines": START + "C: FOO\nS: -ERR *\nC:\nS: -ERR *\nC: QUIT\nS: +OK*",
-    "5 STAT": LOGIN + "C: stat\nS: +OK 3 [1-9]*",
-    "5 LIST": LOGIN
-    + "C: LIST\nS: +OK 3 messages*\nS: 1 *\nS: 2 *\nS: 3 *\nS: .\nC: LIST 2\nS: +OK 2 *\nC: LIST 4\nS: -ERR *",
-    "5 bad numbers": LOGIN
-    + "".join(
-        f"C: {verb} {n}\nS: -ERR *\nC: NOOP\nS: +OK*\n"
-        for verb in ("LIST", "RETR", "DELE", "UIDL", "TOP")
-        for n in ("0", "-1", "+1", "1_0", "0x1", "x", "99999999999999999999", "1x")
-    )
-    + 'X: "RETR ١\\r\\n".encode()\nS: -ERR *\nC: RETR\nS: -ERR *\nC: DELE\nS: -ERR *',
-    "5 arguments where none belong": LOGIN
-    + "C: STAT 1\nS: -ERR *\nC: NOOP x\nS: -ERR *\nC: RSET 1\nS: -ERR *\nC: QUIT x\nS: -ERR *",
-    "5 RETR": LOGIN + "C: RETR 1\nS: +OK * octets\nS: Subject: 0\nS:\nS: hello\nS: .\nC: RETR 1\nS: +OK*",
-    "5 leading zeros": LOGIN + "C: LIST 01\nS: +OK 1 *",
-    "5 DELE": LOGIN
-    + "C: DELE 2\nS: +OK*\nC: DELE 2\nS: -ERR *\nC: RETR 2\nS: -ERR *\nC: TOP 2 0\nS: -ERR *\nC: LIST 2\nS: -ERR *\nC: UIDL 2\nS: -ERR *\n"
-    "C: STAT\nS: +OK 2 *\nC: LIST\nS: +OK 2 *\nS: 1 *\nS: 3 *\nS: .\nC: UIDL\nS: +OK*\nS: 1 *\nS: 3 *\nS: .\nC: RSET\nS: +OK 3 *\nC: STAT\nS: +OK 3 *",
-    "7 TOP": LOGIN
-    + "C: TOP 1 0\nS: +OK*\nS: Subject: 0\nS:\nS: .\nC: TOP 1 1\nS: +OK*\nS: Subject: 0\nS:\nS: hello\nS: .\nC: TOP 1\nS: +OK*\n"
-    "S: Subject: 0\nS:\nS: .\nC: TOP 1 -1\nS: -ERR *\nC: TOP 1 99999\nS: +OK*\n...\nS: .",
-    "2449 5 CAPA before login": START
-    + "C: CAPA\nS: +OK*\nS: TOP\n...\nS: USER\nS: SASL LOGIN PLAIN CRAM-MD5\nS: IMPLEMENTATION *\nS: .",
-    "2449 5 CAPA after login": LOGIN + "C: CAPA\nS: +OK*\n...\nS: UIDL\n...\nS: EXPIRE NEVER\n...\nS: .",
-    "2449 4 pipelining": START
-    + 'X: b"USER alice\\r\\nPASS wonderland\\r\\nSTAT\\r\\nNOOP\\r\\nQUIT\\r\\n"\nS: +OK*\nS: +OK 3 *\nS: +OK 3 *\nS: +OK\nS: +OK*\nEOF',
-    "6856 UTF8": START + "C: UTF8\nS: +OK*\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*\nC: UTF8\nS: -ERR *",
-    "5034 AUTH alone": START + "C: AUTH\nS: +OK*\nS: LOGIN\nS: PLAIN\nS: CRAM-MD5\nS: .",
-    "5034 AUTH PLAIN": START + "C: AUTH plain\nS: + \nC: AGFsaWNlQGV4YW1wbGUudGVzdAB3b25kZXJsYW5k\nS: +OK 3 *",
-    "5034 AUTH PLAIN at once": START + "C: AUTH PLAIN AGFsaWNlQGV4YW1wbGUudGVzdAB3b25kZXJsYW5k\nS: +OK 3 *",
-    "5034 AUTH LOGIN": START
-    + "C: AUTH LOGIN\nS: + VXNlcm5hbWU6\nC: YWxpY2U=\nS: + UGFzc3dvcmQ6\nC: d29uZGVybGFuZA==\nS: +OK 3 *",
-    "5034 AUTH cancelled, broken, unknown": START
-    + "C: AUTH PLAIN\nS: + \nC: *\nS: -ERR *\nC: AUTH PLAIN\nS: + \nC: ???\nS: -ERR *\nC: AUTH PLAIN =\nS: -ERR *\nC: AUTH FOO\nS: -ERR *",
-    "3206 [AUTH]": START + "C: AUTH PLAIN AGFsaWNlAHg=\nS: -ERR [[]AUTH] *",
-    "a good command forgives errors": START + ("C: FOO\nS: -ERR *\n" * 19 + "C: CAPA\nS: +OK*\n...\nS: .\n") * 2,
-    "too many errors in a row": START + "C: FOO\nS: -ERR *\n" * 20 + "S: -ERR *\nEOF",
-    "a password with spaces": START + "C: USER carol\nS: +OK*\nC: PASS  two words \nS: +OK 0 messages (0 octets)",
-    "a long line": START + "C: USER " + "x" * 50_000 + "\nS: -ERR *\nC: USER alice\nS: +OK*",
-}
+SCRIPTS = scripts("pop3.txt")
 
 
 @pytest.fixture

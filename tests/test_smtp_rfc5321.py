@@ -1,74 +1,12 @@
 """SMTP by the clauses of RFC 5321: a conversation for each rule."""
 
 import pytest
-from conversation import Line, play
+from conftest import send
+from conversation import Line, play, scripts
 
 from smtpd_simple import MAX_RECIPIENTS, SMTPServer, parse_path
 
-START = "S: 220 mail.example.test ESMTP *\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\n"
-MAIL = START + "C: MAIL FROM:<me@client.test>\nS: 250 2.1.0 *\n"
-RCPT = MAIL + "C: RCPT TO:<alice@example.test>\nS: 250 2.1.5 *\n"
-
-SCRIPTS = {
-    "3.1 greeting and 4.1.1.10 quit": "S: 220 mail.example.test ESMTP *\nC: QUIT\nS: 221 2.0.0 *\nEOF",
-    "3.2 HELO": "S: 220 *\nC: HELO client.test\nS: 250 mail.example.test\nC: MAIL FROM:<a@b.test>\nS: 250 *",
-    "3.2 HELO wants a name": "S: 220 *\nC: HELO\nS: 501 *\nC: EHLO\nS: 501 *\nC: NOOP\nS: 250 *",
-    "4.1.1.1 address literals": "S: 220 *\nC: EHLO [127.0.0.1]\nS: 250-*\n...\nS: 250 *\nC: HELO [IPv6:::1]\nS: 250 *",
-    "4.1.1.1 a name with an 8-bit octet": r"S: 220 *" + '\nX: b"EHLO caf\\xe9\\r\\n"\nS: 501 *\nC: NOOP\nS: 250 *',
-    "4.1.4 MAIL before EHLO": "S: 220 *\nC: MAIL FROM:<a@b.test>\nS: 503 5.5.1 *\nC: NOOP\nS: 250 *",
-    "4.1.4 commands that need no EHLO": "S: 220 *\nC: NOOP\nS: 250 *\nC: RSET\nS: 250 *\nC: HELP\nS: 214-*\n...\nS: 214 *"
-    "\nC: VRFY alice\nS: 250 *",
-    "4.1.4 EHLO again resets": RCPT + "C: EHLO client.test\nS: 250-*\n...\nS: 250 *\nC: DATA\nS: 503 5.5.1 *",
-    "4.1.1.2 MAIL twice": MAIL + "C: MAIL FROM:<a@b.test>\nS: 503 5.5.1 *",
-    "4.1.1.3 RCPT without MAIL": START + "C: RCPT TO:<alice@example.test>\nS: 503 5.5.1 MAIL first",
-    "4.1.1.4 DATA without MAIL": START + "C: DATA\nS: 503 5.5.1 MAIL first",
-    "4.1.1.4 DATA without RCPT": MAIL + "C: DATA\nS: 503 5.5.1 RCPT first",
-    "3.3 DATA after refused recipients only": MAIL
-    + "C: RCPT TO:<nobody@example.test>\nS: 550 5.1.1 *\nC: DATA\nS: 554 5.5.1 *",
-    "3.3 one transaction after the other": RCPT
-    + "C: DATA\nS: 354 *\nC: x\nC: .\nS: 250 2.0.0 Ok: queued as *\nC: DATA\nS: 503 *\nC: MAIL FROM:<>\nS: 250 *",
-    "4.1.1.5 RSET": RCPT + "C: RSET\nS: 250 2.0.0 *\nC: DATA\nS: 503 5.5.1 MAIL first\nC: MAIL FROM:<>\nS: 250 *",
-    "4.1.1 no argument where none belongs": RCPT
-    + "C: DATA now\nS: 501 5.5.4 *\nC: RSET now\nS: 501 5.5.4 *\nC: QUIT now\nS: 501 5.5.4 *\nC: NOOP now\nS: 250 *",
-    "2.4 any case, and spaces where people put them": "S: 220 *\nC: eHlO  client.test \nS: 250-*\n...\nS: 250 *\n"
-    "C: mAiL  from: <me@client.test> \nS: 250 *\nC: rcpt to:  <ALICE@Example.TEST>\nS: 250 *\nC: daTA \nS: 354 *\nC: .\nS: 250 *",
-    "4.2.4 unknown commands": START
-    + "C: FOO\nS: 500 5.5.2 *\nC: SEND FROM:<a@b.test>\nS: 50? 5.5.? *\nC:\nS: 500 5.5.2 *",
-    "4.5.3.1.4 a command line of 512 octets": START + "C: NOOP " + "x" * 505 + "\nS: 250 *",
-    "4.5.3.1.4 a longer line than we take": START + "C: NOOP " + "x" * 100_000 + "\nS: 500 5.5.6 *\nC: NOOP\nS: 250 *",
-    "4.1.2 bad paths": START
-    + "C: MAIL FROM:me@client.test\nS: 501 5.1.7 *\nC: MAIL FROM:<me@>\nS: 501 5.1.7 *\nC: MAIL FROM:<me\nS: 501 5.1.7 *\n"
-    "C: MAIL FROM:<me@client..test>\nS: 501 5.1.7 *\nC: MAIL FROM:<me>\nS: 501 5.1.7 *\nC: MAIL me@client.test\nS: 501 5.5.4 *\n"
-    "C: MAIL\nS: 501 5.5.4 *\nC: MAIL TO:<a@b.test>\nS: 501 5.5.4 *\nC: MAIL FROM:<a@b.test>SIZE=1\nS: 501 5.5.4 *",
-    "4.1.2 bad recipients": MAIL
-    + "C: RCPT TO:<>\nS: 501 5.1.3 *\nC: RCPT TO:<alice@example.test\nS: 501 5.1.3 *\nC: RCPT TO:alice\nS: 501 5.1.3 *\n"
-    "C: RCPT TO:<a b@example.test>\nS: 501 5.1.3 *\nC: RCPT FROM:<alice@example.test>\nS: 501 5.5.4 *",
-    "4.5.5 the null reverse path": START + "C: MAIL FROM:<>\nS: 250 *\nC: RCPT TO:<bob@example.test>\nS: 250 *",
-    "4.5.1 postmaster": MAIL + "C: RCPT TO:<postmaster>\nS: 250 *\nC: RCPT TO:<PostMaster@example.test>\nS: 250 *",
-    "C source routes are dropped": MAIL
-    + "C: RCPT TO:<@a.test,@b.test:alice@example.test>\nS: 250 2.1.5 *<alice@example.test>*",
-    "4.1.2 quoted local parts": MAIL
-    + 'C: RCPT TO:<"alice"@example.test>\nS: 250 *\nC: RCPT TO:<"a b"@example.test>\nS: 550 5.1.1 *\n'
-    'C: MAIL FROM:<"un>usual \\" one"@client.test>\nS: 503 *',
-    "4.1.3 address literals are nobody here": MAIL + "C: RCPT TO:<alice@[127.0.0.1]>\nS: 550 *",
-    "3.6 no relaying": MAIL + "C: RCPT TO:<x@elsewhere.test>\nS: 550 5.7.1 *log in*",
-    "4.1.1.11 unknown parameter": START + "C: MAIL FROM:<a@b.test> FOO=bar\nS: 555 5.5.4 *\nC: NOOP\nS: 250 *",
-    "4.1.1.11 repeated parameter": START + "C: MAIL FROM:<a@b.test> SIZE=1 size=2\nS: 501 5.5.4 *",
-    "4.1.1.11 parameters belong to EHLO": "S: 220 *\nC: HELO x\nS: 250 *\nC: MAIL FROM:<a@b.test> SIZE=1\nS: 555 *",
-    "4.1.1.6 VRFY": START
-    + "C: VRFY alice\nS: 250 2.1.5 <alice@example.test>\nC: VRFY <bob@example.test>\nS: 250 2.1.5 <bob@example.test>\n"
-    "C: VRFY staff\nS: 250 2.1.5 <staff@example.test>\nC: VRFY carol\nS: 550 5.1.1 *\nC: VRFY\nS: 501 5.5.4 *",
-    "4.1.1.7 EXPN": START
-    + "C: EXPN staff\nS: 250-2.1.5 <alice@example.test>\nS: 250 2.1.5 <bob@example.test>\nC: EXPN alice\nS: 550 5.1.1 *",
-    "4.1.1.8 HELP": START + "C: HELP\nS: 214-2.0.0 Commands: *\nS: 214-2.0.0 Now: *MAIL*\nS: 214 *\n"
-    "C: HELP rcpt\nS: 214-2.0.0 RCPT TO:<*\nS: 214 *\nC: HELP foo\nS: 504 *",
-    "HELP says what makes sense now": "S: 220 *\nC: HELP\nS: 214-*\nS: 214-2.0.0 Now: EHLO HELO NOOP QUIT\nS: 214 *\n"
-    "C: HELO x\nS: 250 *\nC: MAIL FROM:<>\nS: 250 *\nC: HELP\nS: 214-*\nS: 214-2.0.0 Now: RCPT RSET NOOP QUIT\nS: 214 *",
-    "too many errors in a row": START + "C: FOO\nS: 500 *\n" * 20 + "S: 421 4.7.0 *\nEOF",
-    "a good command forgives": START + ("C: FOO\nS: 500 *\n" * 19 + "C: NOOP\nS: 250 *\n") * 3,
-    "a message with a mailbox twice, by name and by list": RCPT
-    + "C: RCPT TO:<staff@example.test>\nS: 250 *\nC: DATA\nS: 354 *\nC: .\nS: 250 *",
-}
+SCRIPTS = scripts("smtp_rfc5321.txt")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -144,7 +82,7 @@ def test_a_thousand_recipients_and_no_more(smtp, store):
 def test_trace_fields(store):
     """4.4: Return-Path, Delivered-To, Received; X-Original-To where the address was another."""
     with SMTPServer(("127.0.0.1", 0), store, hostname="mail.example.test") as smtp:
-        play(smtp, RCPT.replace("alice@", "staff@") + "C: DATA\nS: 354 *\nC: Subject: x\nC: .\nS: 250 *")
+        send(smtp, to="staff@example.test")
     [message] = store.messages("bob@example.test")
     assert message.keys() == ["Return-Path", "Delivered-To", "Received", "X-Original-To", "Subject"]
     assert message["Return-Path"] == "<me@client.test>"

@@ -6,37 +6,14 @@ import ssl
 import threading
 
 import pytest
-from conversation import Line, play
+from conversation import Line, play, scripts
 
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
 
 START = "S: 220 *\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\n"
 
-SMTP = {
-    "STARTTLS, and EHLO again": START
-    + "C: STARTTLS\nS: 220 2.0.0 *\nTLS\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\nC: MAIL FROM:<>\nS: 250 *",
-    "what was said before is forgotten": START
-    + "C: MAIL FROM:<a@b.test>\nS: 250 *\nC: STARTTLS\nS: 220 *\nTLS\nC: RCPT TO:<alice@example.test>\nS: 503 *\nC: MAIL FROM:<>\nS: 503 5.5.1 EHLO first",
-    "a login before is forgotten": START
-    + "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 235 *\nC: STARTTLS\nS: 220 *\nTLS\nC: EHLO x\nS: 250-*\n...\nS: 250 *\n"
-    "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 235 *",
-    "STARTTLS takes no argument": START + "C: STARTTLS now\nS: 501 5.5.4 *\nC: NOOP\nS: 250 *",
-    "STARTTLS twice": START + "C: STARTTLS\nS: 220 *\nTLS\nC: STARTTLS\nS: 503 5.5.1 *\nC: NOOP\nS: 250 *",
-    "commands behind STARTTLS end the session": START + 'X: b"STARTTLS\\r\\nRSET\\r\\n"\nS: 220 *\nEOF',
-    "no TLS after all": START + "C: STARTTLS\nS: 220 *\nC: EHLO in.clear\nEOF",
-    "no STARTTLS in EHLO afterwards": START
-    + "C: STARTTLS\nS: 220 *\nTLS\nC: EHLO x\nS: 250-*\nS: 250-PIPELINING\nS: 250-SIZE*\nS: 250-VRFY\nS: 250-ETRN\nS: 250-AUTH LOGIN*\n...\nS: 250 *",
-}
-
-POP3 = {
-    "STLS": "S: +OK*\nC: CAPA\nS: +OK*\n...\nS: STLS\n...\nS: .\nC: STLS\nS: +OK*\nTLS\nC: CAPA\nS: +OK*\n...\nS: .\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
-    "what was said before is forgotten": "S: +OK*\nC: USER alice\nS: +OK*\nC: STLS\nS: +OK*\nTLS\nC: PASS wonderland\nS: -ERR *",
-    "STLS twice": "S: +OK*\nC: STLS\nS: +OK*\nTLS\nC: STLS\nS: -ERR *\nC: CAPA\nS: +OK*\n...\nS: .",
-    "STLS takes no argument": "S: +OK*\nC: STLS x\nS: -ERR *",
-    "STLS after login": "S: +OK*\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*\nC: STLS\nS: -ERR *",
-    "commands behind STLS end the session": 'S: +OK*\nX: b"STLS\\r\\nUSER alice\\r\\n"\nS: +OK*\nEOF',
-}
+SMTP, POP3, OPTIONS = scripts("smtp_tls.txt"), scripts("pop3_tls.txt"), scripts("options.txt")
 
 
 @pytest.mark.parametrize("name", SMTP)
@@ -58,18 +35,9 @@ def test_no_certificate_no_tls(smtp, pop3):
 
 def test_nothing_but_tls_when_it_is_required(store, tls):
     with SMTPServer(("127.0.0.1", 0), store, require_tls=True, **tls) as smtp:
-        play(
-            smtp,
-            "S: 220 *\nC: EHLO x\nS: 250-*\nS: 250-PIPELINING\nS: 250-SIZE *\nS: 250-VRFY\nS: 250-ETRN\nS: 250-STARTTLS\nS: 250-ENHANCEDSTATUSCODES\n...\nS: 250 *\n"
-            "C: MAIL FROM:<>\nS: 530 5.7.0 *\nC: AUTH PLAIN x\nS: 530 *\nC: VRFY x\nS: 530 *\nC: NOOP\nS: 250 *\nC: STARTTLS\nS: 220 *\nTLS\n"
-            "C: EHLO x\nS: 250-*\n...\nS: 250-AUTH *\n...\nS: 250 *\nC: MAIL FROM:<>\nS: 250 *",
-        )
+        play(smtp, OPTIONS["SMTP that requires TLS"])
     with POP3Server(("127.0.0.1", 0), store, require_tls=True, **tls) as pop3:
-        play(
-            pop3,
-            "S: +OK*\nC: USER alice\nS: -ERR STLS first*\nC: APOP alice x\nS: -ERR STLS first*\nC: AUTH PLAIN x\nS: -ERR STLS *\n"
-            "C: AUTH\nS: +OK\nS: .\nC: STLS\nS: +OK*\nTLS\nC: USER alice\nS: +OK*\nC: PASS wonderland\nS: +OK*",
-        )
+        play(pop3, OPTIONS["POP3 that requires TLS"])
 
 
 def test_passwords_in_clear_from_afar(store, tls, monkeypatch):
@@ -108,7 +76,7 @@ def test_starttls_and_stls_with_python_clients(store, certificate, tls):
             client.sendmail("a@b.test", "alice@example.test", b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" * 50_000)
         client = poplib.POP3("localhost", pop3.port)
         client.stls(context=context)
-        client.apop if False else client.user("alice")
+        client.user("alice")
         client.pass_("wonderland")
         assert len(client.retr(1)[1]) > 50_000
         client.quit()
@@ -123,9 +91,12 @@ def test_old_tls_is_refused(store, tls):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
-    with SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp:
-        with Line(smtp.host, smtp.port) as client, pytest.raises((ssl.SSLError, ConnectionError)):
-            client.start_tls(context)
+    with (
+        SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp,
+        Line(smtp.host, smtp.port) as client,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        client.start_tls(context)
 
 
 def test_silent_tls_clients_disturb_nobody(store, tls):

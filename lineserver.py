@@ -892,6 +892,7 @@ def run(servers: list[LineServer], processes: int, notice: str) -> int:
         print(f"{server.name} listening on {show_address(server.host, server.port)}")
     print(notice, flush=True)
     threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
+    signal.signal(signal.SIGINT, interrupt)  # even where a shell has told us to ignore it
     signal.signal(signal.SIGTERM, interrupt)
     if processes == 1:
         hold_to_core(os.getpid())
@@ -906,11 +907,14 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def serve_here(servers: list[LineServer]) -> None:
-    """Serve in this process until a signal comes."""
+def serve_here(servers: list[LineServer], parent: int | None = None) -> None:
+    """Serve in this process until a signal comes, or until `parent`, a pipe to another process, is closed."""
     try:
-        for server in servers:
-            server.start()
+        with signals_held_back():
+            if parent is not None:
+                threading.Thread(target=follow, args=(parent,), daemon=True).start()
+            for server in servers:
+                server.start()
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -921,6 +925,20 @@ def serve_here(servers: list[LineServer]) -> None:
     deadline = time.monotonic() + STOPPING
     for server in servers:
         server.server_close(max(deadline - time.monotonic(), 0.1))
+
+
+@contextlib.contextmanager
+def signals_held_back():
+    """Threads that are started here, and by those, never get the signals that end us: one that gets them would leave
+    the main thread asleep."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def hold_to_core(number: int) -> None:
@@ -960,8 +978,7 @@ def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -
         hold_to_core(os.getppid() + index)
         for server in servers:
             server.shared = True
-        threading.Thread(target=follow, args=(alive[0],), daemon=True).start()
-        serve_here(servers)
+        serve_here(servers, alive[0])
     except BaseException:
         logging.exception("process %d", os.getpid())
         os._exit(1)

@@ -368,7 +368,10 @@ class Incoming:
             self.write_copy(index, copy, content)
         if envelope is not None:
             self.write_file(self.store.queue_folder, f"{envelope['id']}.json", json.dumps(envelope).encode())
-        done = [self.store.publish(*self.pending.pop(0)) for _ in range(len(self.pending))]
+        done = []
+        while self.pending:
+            done.append(self.store.publish(*self.pending[0]))
+            del self.pending[0]
         for folder in dict.fromkeys(os.path.dirname(path) for path in done):
             self.store.sync_folder(folder)
         self.store.announce(envelope is not None)
@@ -691,11 +694,16 @@ class Maildrop:
 
     def __init__(self, store: Store, address: str):
         self.store, self.folder = store, store.mailbox(address)
+        self.lock = None
         try:
-            self.lock = take_lock(f"{self.folder}/pop3.lock")
-        except FileNotFoundError:
+            self.open_folder()
+        except FileNotFoundError:  # no mail yet, or somebody took the folder away
+            self.close()
             store.make_folder(self.folder)
-            self.lock = take_lock(f"{self.folder}/pop3.lock")
+            self.open_folder()
+
+    def open_folder(self) -> None:
+        self.lock = take_lock(f"{self.folder}/pop3.lock")
         if self.lock is None:
             raise InUse
         try:

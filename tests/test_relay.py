@@ -1,0 +1,458 @@
+"""From one server to the next: routes, the queue, retries, ETRN, loops (RFC 5321, 1985)."""
+
+import contextlib
+import json
+import os
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import FAST, ROOT, Program
+from conversation import Line, play
+
+from smtpd_simple import Disconnect, Relay, SMTPServer
+from store import Store
+
+PLAIN = "AGFsaWNlQGEuZXhhbXBsZQB3b25kZXJsYW5k"  # alice@a.example, wonderland
+
+
+@pytest.fixture
+def stores(tmp_path):
+    a = Store(tmp_path / "a", {"alice@a.example": "wonderland", "anna@a.example": "x"}, sync=False)
+    b = Store(tmp_path / "b", {"bob@b.example": "builder", "bill@b.example": "x"}, sync=False)
+    return a, b
+
+
+@contextlib.contextmanager
+def pair(stores, relay_options=FAST, b_options=None, **a_options):
+    """Two servers: a.example, which sends everything else to b.example."""
+    with SMTPServer(("127.0.0.1", 0), stores[1], hostname="b.example", **(b_options or {})) as b:
+        route = {"b.example": f"127.0.0.1:{b.port}"}
+        options = {"route": route, "relay_options": relay_options, **a_options}
+        with SMTPServer(("127.0.0.1", 0), stores[0], hostname="a.example", **options) as a:
+            yield a, b
+
+
+def send(server, to, content="Subject: over there\r\n\r\nhello\r\n", login=True, mail_options=(), rcpt_options=()):
+    with smtplib.SMTP(server.host, server.port) as client:
+        if login:
+            client.login("alice", "wonderland")
+        return client.sendmail("alice@a.example", to, content, mail_options, rcpt_options)
+
+
+def empty(store, seconds=10):
+    """Wait until nothing is queued any more."""
+    deadline = time.monotonic() + seconds
+    while waiting := store.queued():
+        assert time.monotonic() < deadline, waiting
+        store.queue_changed.wait(0.02)
+    return True
+
+
+def until_tried(store, seconds=5):
+    """Wait until a message has been tried and waits for the next time; return its recipient's record."""
+    deadline = time.monotonic() + seconds
+    while not (waiting := store.queued()[0]["recipients"][0])["attempts"]:
+        assert time.monotonic() < deadline
+        store.queue_changed.wait(0.01)
+    return waiting
+
+
+class Intercept:
+    """Answers in the server's place: {verb: [reply, reply, ...]}, each once; Disconnect drops the line."""
+
+    def __init__(self, **replies):
+        self.replies, self.seen = {verb.replace("DOT", "."): list(r) for verb, r in replies.items()}, []
+
+    def __call__(self, session, verb, argument):
+        self.seen.append((verb, argument))
+        if not self.replies.get(verb):
+            return None
+        reply = self.replies[verb].pop(0)
+        if reply is Disconnect:
+            raise Disconnect
+        return reply
+
+
+def test_one_hop(stores):
+    content = b"Subject: \xe9\r\n\r\n.dot\r\n..\r\n8 bit \xff\r\nlong" + b"x" * 2000 + b"\r\n"
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example", "bill@b.example", "anna@a.example"], content)
+        [message] = stores[1].wait("bob@b.example")
+        stores[1].wait("bill@b.example")
+        assert empty(stores[0])
+    assert len(message.get_all("Received")) == 2
+    [path] = stores[1].paths("bob@b.example")
+    with open(path, "rb") as file:
+        assert file.read().endswith(content)
+    assert len(stores[0].messages("anna@a.example")) == 1
+    assert sorted(os.listdir(stores[0].queue_folder)) == ["lock", "tmp"]
+
+
+def test_large_message_streams_through(stores):
+    content = b"Subject: large\r\n\r\n" + b"0123456789abcde\r\n" * 200_000
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"], content)
+        stores[1].wait("bob@b.example", timeout=10)
+    [path] = stores[1].paths("bob@b.example")
+    with open(path, "rb") as file:
+        assert file.read().endswith(content)
+
+
+WHO_MAY = {
+    "not logged in": (False, "bob@b.example", "550 5.7.1 *log in*"),
+    "logged in, with a route": (True, "bob@b.example", "250 2.1.5 *"),
+    "logged in, without a route": (True, "x@c.example", "550 5.7.1 *no route*"),
+    "a subdomain has no route": (True, "x@sub.b.example", "550 5.7.1 *no route*"),
+    "nobody of ours": (True, "nobody@a.example", "550 5.1.1 *"),
+    "percent hack": (False, "bob%b.example@a.example", "550 5.1.1 *"),
+    "bang path": (False, "b.example!bob@a.example", "550 5.1.1 *"),
+    "an address in quotes": (False, '"bob@b.example"@a.example', "550 5.1.1 *"),
+    "a source route": (False, "@a.example:bob@b.example", "550 5.7.1 *"),
+    "an address literal": (False, "bob@[127.0.0.1]", "550 5.7.1 *"),
+}
+
+
+@pytest.mark.parametrize("case", WHO_MAY)
+def test_who_may_send_where(stores, case):
+    login, to, wanted = WHO_MAY[case]
+    script = "S: 220 *\nC: EHLO x\nS: 250-*\n...\nS: 250 *\n" + f"C: AUTH PLAIN {PLAIN}\nS: 235 *\n" * login
+    with pair(stores) as (a, _):
+        play(a, f"{script}C: MAIL FROM:<alice@a.example>\nS: 250 *\nC: RCPT TO:<{to}>\nS: {wanted}", case)
+
+
+def test_the_more_exact_route_wins():
+    relay = Relay(None, "x", "default.test:2525", {"B.example": "b.test", "c.example": "[::1]:26"})
+    assert relay.route("b.EXAMPLE") == ("b.test", 25)
+    assert relay.route("c.example") == ("::1", 26)
+    assert relay.route("sub.b.example") == ("default.test", 2525)
+
+
+@pytest.mark.parametrize("bad", ["", "x:", "x:y", "x:0", "x:70000", "[::1", "[::1]25", ":25"])
+def test_bad_routes(stores, bad):
+    with pytest.raises(ValueError, match=r"host|route|address"):
+        SMTPServer(("127.0.0.1", 0), stores[0], route=[f"b.example={bad}"])
+
+
+def test_a_catch_all_gives_way_to_a_route(tmp_path):
+    store = Store(tmp_path, {"alice@a.example": "wonderland", "*": "alice@a.example"})
+    with SMTPServer(("127.0.0.1", 0), store, route=["b.example=127.0.0.1:1"], relay_options={"first_pause": 60}) as a:
+        send(a, ["x@b.example", "x@c.example"])
+    assert len(store.messages("alice@a.example")) == len(store.queued()) == 1
+
+
+@pytest.mark.parametrize("verb", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "DOT"])
+@pytest.mark.parametrize("what", ["451 4.3.0 not now", "421 4.3.2 going down", Disconnect])
+def test_a_next_host_that_fails_twice_and_then_accepts(stores, verb, what):
+    """At every step of the dialogue: the message waits, is tried again, and arrives once."""
+    hook = Intercept(**{verb: [what, what]})
+    if verb == "EHLO" and what is not Disconnect:
+        hook.replies["HELO"] = [what, what]
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example", timeout=10)
+        assert empty(stores[0])
+    assert len(stores[1].messages("bob@b.example")) == 1
+    assert not any(hook.replies.values())
+
+
+def test_a_next_host_that_is_down_comes_up(stores, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    options = {"route": [f"b.example=127.0.0.1:{port}"], "relay_options": FAST}
+    with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a:
+        send(a, ["bob@b.example"])
+        assert "refused" in until_tried(stores[0])["error"]
+        with SMTPServer(("127.0.0.1", port), stores[1]):
+            stores[1].wait("bob@b.example")
+            assert empty(stores[0])
+
+
+def test_a_host_that_is_down_holds_up_no_other(stores):
+    """The one that does not answer is tried in a thread of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, pair(stores) as (a, b):
+        routes = {"b.example": f"127.0.0.1:{b.port}", "c.example": f"127.0.0.1:{silent.getsockname()[1]}"}
+        options = {"route": routes, "relay_options": {**FAST, "timeout": 1}}
+        with SMTPServer(("127.0.0.1", 0), a.store, **options) as other:
+            a.relay.stop()
+            for _ in range(3):
+                send(other, ["x@c.example"])
+            send(other, ["bob@b.example"])
+            stores[1].wait("bob@b.example", timeout=5)
+
+
+def test_one_recipient_is_accepted_and_another_refused(stores):
+    """The one is served, the other comes back as a report; neither is sent again."""
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example", "nobody@b.example"])
+        stores[1].wait("bob@b.example")
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    status = report.get_payload(1).get_payload()
+    assert [part["Final-Recipient"] for part in status[1:]] == ["rfc822;nobody@b.example"]
+    assert status[1]["Status"] == "5.1.1"
+    assert len(stores[1].messages("bob@b.example")) == 1
+
+
+def test_one_recipient_waits_and_another_is_never_sent_to_again(stores):
+    hook = Intercept()
+    count = []
+
+    def later(session, verb, argument):
+        hook(session, verb, argument)
+        if verb == "RCPT" and "bill" in argument and len(count) < 2:
+            count.append(1)
+            return "450 4.2.1 later"
+        return None
+
+    with pair(stores, b_options={"intercept": later}) as (a, _):
+        send(a, ["bob@b.example", "bill@b.example"])
+        stores[1].wait("bill@b.example")
+        assert empty(stores[0])
+    assert [len(stores[1].messages(f"{name}@b.example")) for name in ("bob", "bill")] == [1, 1]
+    assert [argument for verb, argument in hook.seen if verb == "RCPT" and "bob" in argument] == ["TO:<bob@b.example>"]
+
+
+def test_one_transaction_for_the_recipients_of_one_host(stores):
+    hook = Intercept()
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example", "bill@b.example"])
+        stores[1].wait("bill@b.example")
+        assert empty(stores[0])
+    assert [verb for verb, _ in hook.seen].count("MAIL") == 1
+
+
+def test_it_gives_up_at_the_end(stores):
+    hook = Intercept(RCPT=["450 4.2.1 mailbox busy"] * 1000)
+    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    status = report.get_payload(1).get_payload()[1]
+    assert status["Action"] == "failed"
+    assert "mailbox busy" in status["Diagnostic-Code"]
+    assert stores[1].messages("bob@b.example") == []
+
+
+def test_pauses_grow():
+    relay = Relay(None, "x", "y", first_pause=60, longest_pause=4 * 3600)
+    from smtpd_simple import Outcome
+
+    waiting = {"address": "x@y", "notify": None, "attempts": 0, "next": 0, "error": "", "warned": False}
+    pauses = []
+    for _ in range(10):
+        relay.note(waiting, Outcome("delayed", "4.0.0", "later"), age=0)
+        pauses.append(round((waiting["next"] - time.time()) / 60))
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 240, 240]
+
+
+def test_extensions_are_passed_on_as_offered(stores):
+    hook = Intercept()
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(
+            a,
+            ["bob@b.example"],
+            "Subject: x\r\n\r\n",
+            True,
+            ["BODY=8BITMIME", "RET=HDRS", "ENVID=e1"],
+            ["NOTIFY=FAILURE"],
+        )
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    said = dict(hook.seen)
+    size = next(word for word in said["MAIL"].split() if word.startswith("SIZE="))
+    assert said["MAIL"] == f"FROM:<alice@a.example> {size} BODY=8BITMIME RET=HDRS ENVID=e1"
+    assert said["RCPT"] == "TO:<bob@b.example> NOTIFY=FAILURE"
+
+
+def test_a_host_without_extensions_gets_none(stores):
+    hook = Intercept(EHLO=["500 5.5.1 what?"])
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"], b"Subject: \xff\r\n\r\n", True, ["BODY=8BITMIME"], ["NOTIFY=FAILURE"])
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert ("MAIL", "FROM:<alice@a.example>") in hook.seen
+    assert ("RCPT", "TO:<bob@b.example>") in hook.seen
+
+
+def test_smtputf8_goes_only_where_it_is_offered(stores):
+    for reply in (None, "250 plain.example"):
+        hook = Intercept(EHLO=[reply] if reply else [])
+        with pair(stores, b_options={"intercept": hook}) as (a, _), smtplib.SMTP(a.host, a.port) as client:
+            client.login("alice", "wonderland")
+            client.sendmail("alice@a.example", ["bob@b.example"], b"Subject: x\r\n\r\n", ["SMTPUTF8"])
+            if reply is None:
+                stores[1].wait("bob@b.example")
+            else:
+                [report] = stores[0].wait("alice@a.example")
+                assert report.get_payload(1).get_payload()[1]["Status"] == "5.6.7"
+            assert empty(stores[0])
+
+
+def test_tls_when_the_next_host_offers_it(stores, certificate):
+    tls = {"tls_cert": certificate[0], "tls_key": certificate[1]}
+    with pair(stores, b_options=tls) as (a, _):
+        send(a, ["bob@b.example"])
+        [message] = stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert "with ESMTPS id" in " ".join(message["Received"].split())
+
+
+def test_in_clear_when_its_tls_is_broken(stores, certificate):
+    """Better in clear than not at all: nobody has asked for TLS."""
+    hook = Intercept(STARTTLS=["220 2.0.0 go", "220 2.0.0 go"])
+    tls = {"tls_cert": certificate[0], "tls_key": certificate[1], "intercept": hook}
+    with pair(stores, b_options=tls) as (a, _):
+        send(a, ["bob@b.example"])
+        [message] = stores[1].wait("bob@b.example", timeout=10)
+        assert empty(stores[0])
+    assert "with ESMTP id" in " ".join(message["Received"].split())
+
+
+def test_a_route_that_leads_back_to_ourselves(stores):
+    """It ends here (nobody logs in on the way back) and comes back as a report."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    with SMTPServer(("127.0.0.1", port), stores[0], relay=f"127.0.0.1:{port}", relay_options=FAST) as a:
+        send(a, ["x@nowhere.example"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Status"] == "5.7.1"
+
+
+def test_three_servers_are_a_small_internet(stores, tmp_path):
+    """alice@a writes to b, which sends on to c, which does not know the name: b reports to alice at a."""
+    c_store = Store(tmp_path / "c", {"carol@c.example": "x"}, sync=False)
+    with SMTPServer(("127.0.0.1", 0), c_store, hostname="c.example") as c, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        a_port = taken.getsockname()[1]
+        taken.close()
+        routes = {"c.example": f"127.0.0.1:{c.port}", "a.example": f"127.0.0.1:{a_port}"}
+        b_options = {"hostname": "b.example", "route": routes, "relay_options": FAST}
+        with (
+            SMTPServer(("127.0.0.1", 0), stores[1], **b_options) as b,
+            SMTPServer(("127.0.0.1", a_port), stores[0], hostname="a.example"),
+            smtplib.SMTP(b.host, b.port) as client,
+        ):
+            client.login("bob", "builder")
+            client.sendmail("alice@a.example", ["nobody@c.example", "carol@c.example"], "Subject: hi\r\n\r\n")
+            c_store.wait("carol@c.example")
+            [report] = stores[0].wait("alice@a.example")
+            assert empty(stores[1])
+    assert report["Return-Path"] == "<>"
+    assert "b.example" in report["From"]
+
+
+# ---- ETRN
+
+
+def test_etrn(stores):
+    """250 for all, 251 nothing waiting, 253 with a count, 459 without a route (RFC 1985 5.3)."""
+    hook = Intercept(RCPT=["450 4.2.1 later"])
+    slow = {**FAST, "first_pause": 3600, "longest_pause": 3600}
+    with pair(stores, slow, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        assert client.ask("ETRN b.example").startswith("251 2.0.0")
+        send(a, ["bob@b.example"])
+        until_tried(stores[0])
+        assert client.ask("ETRN c.example").startswith("459 4.7.1")
+        assert client.ask("ETRN @example").startswith("253 2.0.0 1 ")
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+        assert client.ask("ETRN #").startswith("251 ")
+        hook.replies["RCPT"].append("450 4.2.1 later")
+        send(a, ["bob@b.example"])
+        until_tried(stores[0])
+        assert client.ask("ETRN #").startswith("250 ")
+        stores[1].wait("bob@b.example", count=2)
+
+
+def test_etrn_says_when_it_cannot(stores, monkeypatch):
+    with pair(stores) as (a, _), Line(a.host, a.port) as client:
+        client.reply()
+
+        def fail():
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(a.store, "queued", fail)
+        assert client.ask("ETRN b.example").startswith("458 4.3.0")
+        monkeypatch.undo()
+
+
+# ---- the queue on disk
+
+
+def test_accepted_whole_or_not_at_all(stores, monkeypatch):
+    """A disk that is full when the envelope is written: nobody gets the message."""
+    real = os.write
+
+    def write(fd, data):
+        if bytes(data).startswith(b'{"id"'):
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+    with pair(stores) as (a, _):
+        monkeypatch.setattr(os, "write", write)
+        with pytest.raises(smtplib.SMTPDataError) as error:
+            send(a, ["anna@a.example", "bob@b.example"])
+        monkeypatch.undo()
+    assert error.value.smtp_code == 452
+    assert stores[0].messages("anna@a.example") == stores[0].queued() == []
+    assert os.listdir(f"{stores[0].queue_folder}/tmp") == []
+
+
+def test_the_queue_survives_a_kill(tmp_path):
+    """A process that is killed with a full queue: after a restart everything arrives, once."""
+    users = tmp_path / "users.txt"
+    users.write_text("alice@a.example:wonderland\n")
+    b_store = Store(tmp_path / "b", {"bob@b.example": "x"}, sync=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    argv = ["--port", 0, "--users", users, "--spool", tmp_path / "a", "--route", f"b.example=127.0.0.1:{port}"]
+    with Program(*argv) as program:
+        for n in range(20):
+            send(program, ["bob@b.example"], f"Subject: {n}\r\n\r\n")
+        program.stop(signal.SIGKILL)
+    out = subprocess.run(
+        [sys.executable, ROOT / "store.py", "queue", "--users", users, "--spool", tmp_path / "a"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.count("from <alice@a.example>\tto bob@b.example") == 20
+    for path in (tmp_path / "a" / "queue").glob("*.json"):
+        entry = json.loads(path.read_text())
+        entry["recipients"][0]["next"] = 0
+        path.write_text(json.dumps(entry))
+    with SMTPServer(("127.0.0.1", port), b_store), Program(*argv) as program:
+        found = b_store.wait("bob@b.example", count=20, timeout=15)
+        assert sorted(int(message["Subject"]) for message in found) == list(range(20))
+        assert empty(Store(tmp_path / "a", users))
+        assert program.stop()[0] == 0
+    assert len(b_store.messages("bob@b.example")) == 20
+
+
+def test_one_process_works_on_the_queue(stores):
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example")
+        assert stores[0].lock_queue() is None
+    fd = stores[0].lock_queue()
+    assert fd is not None
+    os.close(fd)
+
+
+def test_a_damaged_envelope_harms_nobody(stores):
+    with open(f"{stores[0].queue_folder}/AAAA.json", "w") as file:
+        file.write("{")
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example")

@@ -1,0 +1,168 @@
+"""Delivery reports (RFC 3461, 3462, 3464), parsed back with the email package."""
+
+import email.policy
+import smtplib
+
+import pytest
+from conftest import FAST
+from test_relay import Intercept, empty, pair, send
+
+from smtpd_simple import Relay, build_report, escape_address, new_entry, unxtext
+from store import Store
+
+
+@pytest.fixture
+def stores(tmp_path):
+    a = Store(tmp_path / "a", {"alice@a.example": "wonderland", "anna@a.example": "x"}, sync=False)
+    b = Store(tmp_path / "b", {"bob@b.example": "builder"}, sync=False)
+    return a, b
+
+
+CONTENT = "Subject: what came back\r\n\r\nthe text\r\n"
+
+
+def fields(report):
+    """Return the groups of fields of a report's second part, as dicts."""
+    assert report.get_content_type() == "multipart/report"
+    assert report.get_param("report-type") == "delivery-status"
+    human, status, returned = report.get_payload()
+    assert (human.get_content_type(), status.get_content_type()) == ("text/plain", "message/delivery-status")
+    assert returned.get_content_type() in ("message/rfc822", "text/rfc822-headers")
+    return [dict(part.items()) for part in status.get_payload()]
+
+
+def test_failure(stores):
+    with pair(stores) as (a, _):
+        send(a, ["nobody@b.example"], CONTENT, True, ["ENVID=id+3D1"], ["ORCPT=rfc822;no+2Dbody@b.example"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report["Return-Path"] == "<>"
+    assert report["To"] == "alice@a.example"
+    assert report["Auto-Submitted"] == "auto-replied"
+    about, one = fields(report)
+    assert about["Reporting-MTA"] == "dns; a.example"
+    assert about["Original-Envelope-Id"] == "id=1"
+    assert one["Original-Recipient"] == "rfc822;no-body@b.example"
+    assert one["Final-Recipient"] == "rfc822;nobody@b.example"
+    assert one["Action"] == "failed"
+    assert one["Status"] == "5.1.1"
+    assert one["Remote-MTA"] == "dns; 127.0.0.1"
+    assert one["Diagnostic-Code"].startswith("smtp; 550 5.1.1")
+    original = report.get_payload(2).get_payload(0)
+    assert original["Subject"] == "what came back"
+    assert "the text" in original.get_content()
+
+
+def test_headers_only(stores):
+    with pair(stores) as (a, _):
+        send(a, ["nobody@b.example"], CONTENT, True, ["RET=HDRS"])
+        [report] = stores[0].wait("alice@a.example")
+    assert report.get_payload(2).get_content_type() == "text/rfc822-headers"
+    assert "what came back" in report.get_payload(2).as_string()
+    assert "the text" not in report.as_string()
+
+
+@pytest.mark.parametrize(("notify", "wanted"), [("NEVER", 0), ("SUCCESS", 0), ("DELAY", 0), ("FAILURE", 1)])
+def test_failure_is_reported_to_who_wants_it(stores, notify, wanted):
+    with pair(stores) as (a, _):
+        send(a, ["nobody@b.example"], CONTENT, True, [], [f"NOTIFY={notify}"])
+        assert empty(stores[0])
+    assert len(stores[0].messages("alice@a.example")) == wanted
+
+
+def test_nothing_is_reported_to_nobody(stores):
+    with pair(stores) as (a, _), smtplib.SMTP(a.host, a.port) as client:
+        client.login("alice", "wonderland")
+        client.sendmail("", ["nobody@b.example", "bob@b.example"], CONTENT)
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert stores[0].messages("alice@a.example") == []
+
+
+def test_delay(stores):
+    """Once, for those who asked, while it goes on trying."""
+    hook = Intercept(RCPT=["450 4.2.1 mailbox busy"] * 6)
+    with pair(stores, {**FAST, "warn_after": 0.1}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"], CONTENT, True, [], ["NOTIFY=DELAY,FAILURE"])
+        stores[1].wait("bob@b.example", timeout=10)
+        assert empty(stores[0])
+    [report] = stores[0].messages("alice@a.example")
+    _, one = fields(report)
+    assert one["Action"] == "delayed"
+    assert one["Status"] == "4.2.1"
+    assert "Will-Retry-Until" in one
+    assert report.get_payload(2).get_content_type() == "text/rfc822-headers"
+
+
+def test_no_delay_report_unasked(stores):
+    hook = Intercept(RCPT=["450 4.2.1 mailbox busy"] * 3)
+    with pair(stores, {**FAST, "warn_after": 0}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"], CONTENT)
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert stores[0].messages("alice@a.example") == []
+
+
+def test_success_here(stores):
+    with pair(stores) as (a, _):
+        send(a, ["anna@a.example"], CONTENT, True, [], ["NOTIFY=SUCCESS"])
+        [report] = stores[0].wait("alice@a.example")
+    _, one = fields(report)
+    assert (one["Action"], one["Status"]) == ("delivered", "2.0.0")
+    assert len(stores[0].messages("anna@a.example")) == 1
+
+
+def test_success_at_a_next_host_with_dsn_is_its_business(stores):
+    """It gets NOTIFY passed on, and reports itself, if a way leads back; here none does."""
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"], CONTENT, True, [], ["NOTIFY=SUCCESS"])
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert stores[0].messages("alice@a.example") == []
+
+
+def test_success_at_a_next_host_without_dsn_is_relayed(stores):
+    hook = Intercept(EHLO=["500 5.5.1 what?"])
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"], CONTENT, True, [], ["NOTIFY=SUCCESS"])
+        [report] = stores[0].wait("alice@a.example")
+    assert fields(report)[1]["Action"] == "relayed"
+
+
+def test_a_report_that_cannot_be_delivered_goes_nowhere(stores, caplog):
+    with pair(stores) as (a, _), smtplib.SMTP(a.host, a.port) as client:
+        client.login("alice", "wonderland")
+        client.sendmail("someone@no.way.example", ["nobody@b.example"], CONTENT)
+        assert empty(stores[0])
+    assert "no way leads" in caplog.text
+    assert stores[0].queued() == []
+
+
+def test_what_others_say_stays_on_its_line():
+    """A next host's reply and xtext can't add fields to a report."""
+    relay = Relay(None, "a.example")
+    entry = new_entry("ABC", "alice@a.example", [], {"ENVID": "x+0D+0AEvil:+20yes"}, 10)
+    waiting = {
+        "address": "用户@b.example",
+        "orcpt": "utf-8;用户@b.example",
+        "notify": None,
+        "action": "failed",
+        "status": "5.0.0",
+    }
+    waiting["error"] = "550 no"
+    text = build_report(relay, "R1", entry, [waiting], "b.example", b"Subject: x\r\n\r\ny\r\n")
+    report = email.message_from_bytes(text, policy=email.policy.default)
+    about, one = fields(report)
+    assert "Evil" not in about
+    assert one["Final-Recipient"] == "utf-8;\\x{7528}\\x{6237}@b.example"
+    assert not report.defects
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("a+2Bb", "a+b"), ("a+0Ab", "a+0Ab"), ("", ""), ("+E9", "é")])
+def test_unxtext(text, wanted):
+    assert unxtext(text) == wanted
+
+
+def test_escape_address():
+    assert escape_address("a@b") == "a@b"
+    assert escape_address("é@b") == "\\x{E9}@b"

@@ -176,7 +176,8 @@ def keep_sending(port, who, acknowledged, pipelined):
             client.ask("EHLO x")
             while True:
                 number += 1
-                text = f"Subject: {who}-{port}-{number}\r\n\r\n{'x' * 98 * 50}"
+                lines = ("x" * 70 + "\r\n") * (number % 60)
+                text = f"Subject: {who}-{port}-{number}\r\n\r\n{lines}end\r\n.\r\n"
                 envelope = f"MAIL FROM:<>\r\nRCPT TO:<u{who}@example.test>\r\nDATA\r\n"
                 client.send(envelope + text if pipelined else envelope)
                 client.reply(), client.reply(), client.reply()

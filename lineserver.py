@@ -80,6 +80,13 @@ def show_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def own_name() -> str:
+    """Return this machine's name, without asking DNS; what no host name may have becomes a hyphen."""
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in socket.gethostname()) or "localhost"
+    )
+
+
 def split_address(text: str, default: int) -> tuple[str, int]:
     """Read `host`, `host:port` or `[address]:port`; raise ValueError when it is none of them."""
     host, colon, port = text, "", ""
@@ -188,7 +195,7 @@ class LineHandler(socketserver.BaseRequestHandler):
     words of it may be shown).  A command returns its reply: a line, a list of lines, or None when it has answered.
 
     Attributes: `peer` (host, port), `helo` (the name the client gave), `user` (the account that logged in, or None),
-    `tls` (whether the session is encrypted).
+    `tls` (whether the session is encrypted), `envelope` (of the message that is under way, or None).
     """
 
     protocol = "LINE"
@@ -203,7 +210,7 @@ class LineHandler(socketserver.BaseRequestHandler):
     def setup(self):
         self.number = next(self.numbers)
         self.peer = self.client_address[:2]
-        self.helo, self.user, self.tls = "", None, False
+        self.helo, self.user, self.tls, self.envelope = "", None, False, None
         self.pending, self.pending_size = [], 0
         self.errors = self.failed_logins = 0
         self.bare_lf = None
@@ -258,10 +265,10 @@ class LineHandler(socketserver.BaseRequestHandler):
         except TimeoutError:
             raise
         except OSError as error:  # sockets raise Disconnect, so this is the disk
-            self.logger.error("%s %s: %s", self.tag(), printable(verb[:20]), error)
+            self.logger.error("%s %s: %s", self.tag(), verb, error)
             reply = self.store_failed(error)
         if isinstance(reply, str) and reply.startswith(self.error):
-            self.log("refused %s: %s", printable(verb[:20]), reply)
+            self.log("refused %s: %s", verb if verb in self.commands else "what is no command", reply)
         return reply
 
     def command(self, verb: str, argument: str):
@@ -287,7 +294,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         if not line.endswith(b"\n"):
             self.reader.skip_line(self.server.timeout)
             self.trace("C", f"({limit} octets and more without a line end)")
-            raise Refused(self.replies["long"])
+            raise Refused(self.replies["long answer" if secret else "long"])
         if self.bare_lf is None:
             self.bare_lf = not line.endswith(b"\r\n")
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
@@ -297,9 +304,9 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def masked(self, line: str) -> str:
         """Return a command line as the trace may show it."""
-        verb, *words = line.split(" ")
-        shown = self.secret.get(verb.upper())
-        return line if shown is None else " ".join([verb, *words[:shown], *["****"] * (len(words) > shown)])
+        words = line.split()
+        shown = self.secret.get(words[0].upper()) if words else None
+        return line if shown is None else " ".join(words[: shown + 1] + ["****"] * (len(words) > shown + 1))
 
     def reply(self, reply) -> None:
         """Queue a reply; it is sent when the session is about to wait."""
@@ -549,7 +556,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         trace: bool = False,
         intercept=None,
     ):
-        self.store, self.hostname = store, hostname or socket.gethostname()
+        self.store, self.hostname = store, hostname or own_name()
         self.logger = logging.getLogger(handler.protocol.lower())
         if tls_self_signed:
             tls_cert, tls_key = self_signed(store.folder, self.hostname)
@@ -823,17 +830,24 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--version", action="version", version=f"%(prog)s {VERSION}")
 
 
+def option_error(what: str) -> Exception:
+    """Return the exception whose text argparse shows as it is."""
+    import argparse
+
+    return argparse.ArgumentTypeError(what)
+
+
 def port_number(text: str) -> int:
     """Read a port for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text) < 65536):
-        raise ValueError
+    if not (text.isascii() and text.isdigit() and int(text[:9]) < 65536):
+        raise option_error(f"{text!r} is not a port, 0 to 65535")
     return int(text)
 
 
 def positive(text: str) -> int:
     """Read a number above zero for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ValueError
+    if not (text.isascii() and text.isdigit() and int(text[:18]) > 0):
+        raise option_error(f"{text!r} is not a number above 0")
     return int(text)
 
 
@@ -888,6 +902,14 @@ def listen(make, address: tuple[str, int], *args, **options):
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
     log_to_stderr()
+    if demo := servers[0].store.users.with_demo_passwords():
+        for server in servers:
+            if not is_loopback(server.host):
+                logging.warning(
+                    "WARNING: %s is open to others, and everybody knows the password of %s: change it in users.txt!",
+                    show_address(server.host, server.port),
+                    ", ".join(demo),
+                )
     for server in servers:
         print(f"{server.name} listening on {show_address(server.host, server.port)}")
     print(notice, flush=True)

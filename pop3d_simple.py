@@ -81,6 +81,7 @@ class POP3Handler(LineHandler):
         "logins": "-ERR [AUTH] too many failed logins, good bye",
         "unknown": "-ERR there is no such command here and now; CAPA shows what there is",
         "long": "-ERR the line is too long",
+        "long answer": "-ERR the answer is too long",
         "disk": "-ERR [SYS/TEMP] our disk failed, try again later",
         "mechanism": "-ERR unknown mechanism; AUTH alone lists those there are",
         "cancelled": "-ERR login cancelled",
@@ -93,6 +94,7 @@ class POP3Handler(LineHandler):
     def setup(self):
         super().setup()
         self.maildrop, self.deleted, self.name = None, set(), None
+        self.timestamp = f"<{os.getpid()}.{time.monotonic_ns()}@{self.server.hostname}>"
         self.commands = self.authorization
 
     def finish(self):
@@ -101,7 +103,6 @@ class POP3Handler(LineHandler):
         super().finish()
 
     def greeting(self):
-        self.timestamp = f"<{os.getpid()}.{time.monotonic_ns()}@{self.server.hostname}>"
         return f"+OK POP3 server ready {self.timestamp}"
 
     def command(self, verb, argument):

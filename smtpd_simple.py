@@ -53,17 +53,17 @@ XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
 
 MAIL_PARAMETERS = {  # what each may be; None: no value
     "SIZE": r"[0-9]{1,20}",  # RFC 1870
-    "BODY": r"7BIT|8BITMIME",  # RFC 6152
+    "BODY": r"(?i:7BIT|8BITMIME)",  # RFC 6152
     "SMTPUTF8": None,  # RFC 6531
-    "AUTH": rf"{XTEXT}{{1,500}}",  # RFC 4954 5
-    "RET": r"FULL|HDRS",  # RFC 3461 4.3
+    "AUTH": rf"<>|(?!<>){XTEXT}{{1,500}}",  # RFC 4954 5
+    "RET": r"(?i:FULL|HDRS)",  # RFC 3461 4.3
     "ENVID": rf"{XTEXT}{{1,100}}",  # RFC 3461 4.4
 }
 RCPT_PARAMETERS = {
-    "NOTIFY": r"NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*",  # RFC 3461 4.1
-    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};(?:{XTEXT}|[{UTF8}]){{1,500}}",  # RFC 3461 4.2, RFC 6533 3
+    "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",  # RFC 3461 4.1
+    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}",  # RFC 3461 4.2
 }
-HELLO = re.compile(r"[!-~]{1,255}")
+HELLO = re.compile(rf"[A-Za-z0-9_.-]{{1,255}}|{LITERAL}")  # many a host has a name that is no domain
 NODE = re.compile(rf"#|@?{DOMAIN}", re.IGNORECASE)
 
 
@@ -109,7 +109,7 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
             raise Refused("555 5.5.4 A parameter that is not offered here; EHLO shows those that are")
         if name in found:
             raise Refused(f"501 5.5.4 {name} is there twice")
-        if bool(equals) != bool(known[name]) or (equals and not re.fullmatch(known[name], value, re.IGNORECASE)):
+        if bool(equals) != bool(known[name]) or (equals and not re.fullmatch(known[name], value)):
             raise Refused(f"501 5.5.4 Bad value for {name}")
         found[name] = value if equals else None
     return found
@@ -291,7 +291,8 @@ class SMTPHandler(LineHandler):
         "errors": "421 4.7.0 Too many errors, good bye",
         "logins": "421 4.7.0 Too many failed logins, good bye",
         "unknown": "500 5.5.2 There is no such command; HELP lists those there are",
-        "long": "500 5.5.6 The line is too long",
+        "long": "500 5.5.2 The line is too long",
+        "long answer": "500 5.5.6 The answer is too long",
         "disk": "451 4.3.0 Our disk failed, try again later",
         "full": "452 4.3.1 Our disk is full, try again later",
         "mechanism": "504 5.5.4 Unknown mechanism; EHLO shows those there are",
@@ -388,7 +389,7 @@ class SMTPHandler(LineHandler):
         """AUTH LOGIN -- log in; name and password are asked for, in base64"""
         mechanism, *initial = argument.split() or [""]
         if self.user:
-            raise Refused(f"503 5.5.1 You are logged in as {self.user}")
+            raise Refused("503 5.5.1 You are logged in already")
         if self.envelope:
             raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
         if not self.helo:
@@ -398,7 +399,7 @@ class SMTPHandler(LineHandler):
         if not mechanism or len(initial) > 1:
             raise Refused("501 5.5.4 Write AUTH mechanism or AUTH mechanism base64")
         self.user = self.sasl(mechanism, initial[0] if initial else None)
-        return f"235 2.7.0 Welcome, {self.user}"
+        return "235 2.7.0 Welcome"
 
     # ---- the mail transaction
 
@@ -409,7 +410,7 @@ class SMTPHandler(LineHandler):
         if self.envelope:
             raise Refused("503 5.5.1 There is a sender already; RCPT, or RSET to begin again")
         sender, rest = self.path(argument, "FROM", "501 5.1.7")
-        if sender == "postmaster":
+        if sender and "@" not in sender:
             raise Refused("501 5.1.7 Bad sender: write the address as <name@domain>")
         parameters = parse_parameters(rest, MAIL_PARAMETERS if self.esmtp else {})
         if not sender.isascii() and "SMTPUTF8" not in parameters:
@@ -453,6 +454,8 @@ class SMTPHandler(LineHandler):
     def resolve(self, address):
         """Return the mailboxes that an address reaches; none means that it goes on to another host."""
         users, relay, domain = self.server.store.users, self.server.relay, address.rpartition("@")[2]
+        if address.lower() == f"postmaster@{self.server.hostname.lower()}":  # whom our reports are from
+            address = "postmaster"
         local = "@" not in address or users.is_local(domain)
         mailboxes = users.mailboxes(address) if local or not relay.has_route_of_its_own(domain) else []
         if mailboxes:
@@ -478,15 +481,14 @@ class SMTPHandler(LineHandler):
         self.need_recipients()
         if self.envelope.arrival:
             raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or RSET")
-        envelope, self.envelope = self.envelope, None
-        arrival = Arrival(self, envelope)
+        arrival = self.envelope.arrival = Arrival(self, self.envelope)
         self.reply("354 Send the message; a line with only a dot ends it")
         try:
             for block in self.content():
                 arrival.add(block)
             return arrival.finish()
         finally:
-            arrival.close()
+            self.reset()
 
     def content(self):
         """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
@@ -515,11 +517,12 @@ class SMTPHandler(LineHandler):
             raise
         for block in octets:
             arrival.add(block)
-        if arrival.refusal or last:
-            reply = arrival.refusal or arrival.finish()
+        if not arrival.refusal and not last:
+            return f"250 2.0.0 {size} octets taken"
+        try:
+            return arrival.refusal or arrival.finish()
+        finally:
             self.reset()
-            return reply
-        return f"250 2.0.0 {size} octets taken"
 
     def chunk(self, argument):
         """Read `size [LAST]` (RFC 3030 2)."""
@@ -567,8 +570,10 @@ class SMTPHandler(LineHandler):
 
     def received(self, envelope):
         """Return the trace field of this hop (RFC 5321 4.4, `with` by RFC 3848 and RFC 6531 4.3)."""
-        protocol = "UTF8SMTP" if "SMTPUTF8" in envelope.parameters else "ESMTP" if self.esmtp else "SMTP"
-        protocol += "S" * self.tls + "A" * bool(self.user)
+        protocol = "S" * self.tls + "A" * bool(self.user)
+        protocol = ("UTF8SMTP" if "SMTPUTF8" in envelope.parameters else "ESMTP") + protocol
+        if not self.esmtp and protocol == "ESMTP":
+            protocol = "SMTP"
         ip = f"IPv6:{self.peer[0]}" if ":" in self.peer[0] else self.peer[0]
         only = f"\r\n\tfor <{envelope.accepted[0].address}>" if len(envelope.accepted) == 1 else ""
         by = f"\tby {self.server.hostname} with {protocol} id {envelope.id}{only}; {mail_date(time.time())}\r\n"
@@ -593,38 +598,46 @@ class SMTPHandler(LineHandler):
             entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
             for recipient in entry["recipients"]:
                 recipient.update(action="delivered", status="2.0.0", error="")
-            server.relay.report(entry, entry["recipients"], b"", paths[0])
+            server.relay.report(entry, entry["recipients"], "", paths[0])
 
     # ---- questions
 
     def vrfy(self, argument):
         """VRFY alice@example.test -- is there such a mailbox?"""
-        name = self.asked_name(argument, "VRFY")
+        name, utf8 = self.asked_name(argument, "VRFY")
         if not self.may_ask():
             return "252 2.5.0 Send a message and see"
-        users = self.server.store.users
-        address = users.complete(name)
-        if not address or not (mailboxes := users.mailboxes(address)):
+        found = self.server.store.users.find(name)
+        if not found:
             raise Refused("550 5.1.1 Nobody of that name here")
-        return f"250 2.1.5 <{users.lists[address][0] if address in users.lists else mailboxes[0]}>"
+        if len(found) > 1:
+            raise Refused("553 5.1.4 More than one has that name; VRFY name@domain")
+        self.needs_utf8(found, utf8)
+        return f"250 2.1.5 <{found[0]}>"
 
     def expn(self, argument):
         """EXPN staff@example.test -- who is on that list?"""
-        name = self.asked_name(argument, "EXPN")
+        name, utf8 = self.asked_name(argument, "EXPN")
         if not self.may_ask():
             raise Refused("550 5.7.1 Only for those who have logged in")
         members = self.server.store.users.members(name)
         if members is None:
             raise Refused("550 5.1.1 No list of that name here")
+        self.needs_utf8(members, utf8)
         return [f"250-2.1.5 <{member}>" for member in members[:-1]] + [f"250 2.1.5 <{members[-1]}>"]
 
     def asked_name(self, argument, verb):
-        """Return the name that VRFY or EXPN asks about; it may have brackets, and SMTPUTF8 behind it (RFC 6531 3.7)."""
-        name = re.sub(r" +SMTPUTF8$", "", argument, flags=re.IGNORECASE)
+        """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 stands behind it (RFC 6531 3.7.4.2)."""
+        name, _, word = argument.rpartition(" ") if argument.upper().endswith(" SMTPUTF8") else (argument, "", "")
+        name = name.strip()
         name = name[1:-1] if name.startswith("<") and name.endswith(">") else name
-        if not name or not name.isprintable():
+        if not name or not name.isprintable() or name.upper() == "SMTPUTF8":
             raise Refused(f"501 5.5.4 Write {verb} name or {verb} name@domain")
-        return name
+        return name, bool(word)
+
+    def needs_utf8(self, addresses, offered):
+        if not offered and not "".join(addresses).isascii():
+            raise Refused("553 5.6.8 The answer is not ASCII; ask again with SMTPUTF8")
 
     def may_ask(self):
         return bool(self.user) or is_loopback(self.peer[0])
@@ -945,6 +958,8 @@ class Relay:
         if "SMTPUTF8" in parameters and not client.has_extn("smtputf8"):
             no = Outcome("failed", "5.6.7", "the next host does not take addresses that are not ASCII")
             return outcomes.update(dict.fromkeys(addresses(recipients), no))
+        if parameters.get("BODY", "").upper() == "8BITMIME" and not client.has_extn("8bitmime"):
+            self.log.warning("%s goes as it is to a host that does not offer 8BITMIME", entry["id"])
         code, text = client.docmd("MAIL", f"FROM:<{entry['sender']}>{self.mail_options(client, entry)}")
         if code != 250:
             return outcomes.update(dict.fromkeys(addresses(recipients), Outcome.of(code, text)))
@@ -953,8 +968,8 @@ class Relay:
             code, text = client.docmd("RCPT", f"TO:<{waiting['address']}>{rcpt_options(waiting) if dsn else ''}")
             if code in (250, 251):
                 taken.append(waiting["address"])
-            else:
-                outcomes[waiting["address"]] = Outcome.of(code, text)
+            else:  # 552 means too many recipients here (RFC 5321 4.5.3.1.10)
+                outcomes[waiting["address"]] = Outcome.of(452 if code == 552 else code, text)
         if not taken:
             return None
         code, text = client.docmd("DATA")
@@ -986,7 +1001,7 @@ class Relay:
                 self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
             told = [r for r in recipients if r["tell"]]
             if told:
-                self.report(entry, told, host[0].encode(), f"{self.store.queue_folder}/{entry['id']}")
+                self.report(entry, told, remote_name(host[0]), f"{self.store.queue_folder}/{entry['id']}")
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
             if entry["recipients"]:
                 self.store.save_envelope(entry)
@@ -1015,7 +1030,7 @@ class Relay:
 
     # ---- delivery reports
 
-    def report(self, entry: dict, recipients: list[dict], host: bytes, path: str) -> None:
+    def report(self, entry: dict, recipients: list[dict], host: str, path: str) -> None:
         """Tell a message's sender what became of some recipients; a message from nobody is not reported on.
 
         A report comes from the null sender, so that none ever answers another (RFC 3461 5.2.8).
@@ -1027,7 +1042,7 @@ class Relay:
         try:
             with open(path, "rb") as file:
                 original = file.read(MAX_RETURNED + 1)
-            text = build_report(self, name, entry, recipients, host.decode(), original)
+            text = build_report(self, name, entry, recipients, host, original)
             self.post(name, sender, text)
         except OSError as error:
             self.log.error("no report to <%s> about %s: %s", sender, entry["id"], error)
@@ -1062,6 +1077,11 @@ def addresses(recipients: list[dict]) -> list[str]:
 
 def domain_of(waiting: dict) -> str:
     return waiting["address"].rpartition("@")[2]
+
+
+def remote_name(host: str) -> str:
+    """Return a host as reports name it: addresses in brackets."""
+    return f"[IPv6:{host}]" if ":" in host else f"[{host}]" if re.fullmatch(r"[0-9.]+", host) else host
 
 
 def rcpt_options(waiting: dict) -> str:
@@ -1119,8 +1139,8 @@ def status_fields(relay: Relay, entry: dict, recipients: list[dict], host: str) 
         lines += [f"Action: {r['action']}", f"Status: {r['status']}"]
         if host:
             lines.append(f"Remote-MTA: dns; {host}")
-        if r["error"]:
-            lines.append(f"Diagnostic-Code: smtp; {r['error']}")
+        if re.match(r"[2-5][0-9][0-9] ", r["error"]):
+            lines.append(f"Diagnostic-Code: smtp; {escape_address(r['error'])}")
         if r["action"] == "delayed":
             lines.append(f"Will-Retry-Until: {mail_date(entry['arrived'] + relay.lifetime)}")
     return lines
@@ -1157,15 +1177,12 @@ class SMTPServer(LineServer):
         on_message=None,
         **options,
     ):
-        super().__init__(address, SMTPHandler, store, **options)
         self.require_auth, self.size_limit, self.on_message = require_auth, size_limit, on_message
-        try:
-            if not isinstance(relay, Relay):
-                relay = Relay(store, self.hostname, relay, as_routes(route), **(relay_options or {}))
-        except ValueError:
-            self.socket.close()
-            raise
+        if not isinstance(relay, Relay):
+            hostname = options.get("hostname") or lineserver.own_name()
+            relay = Relay(store, hostname, relay, as_routes(route), **(relay_options or {}))
         self.relay = relay
+        super().__init__(address, SMTPHandler, store, **options)
 
     def start(self) -> None:
         super().start()

@@ -208,26 +208,37 @@ class Users:
         """Say whether the users file names a domain."""
         return key("@" + domain)[1:] in self.domains
 
-    def complete(self, name: str) -> str | None:
-        """Return the address that a name means, which may leave out the domain while that is unambiguous."""
-        if "@" in name:
-            return key(name)
-        names = [full for full in [*self.accounts, *self.lists] if full.rpartition("@")[0] == key(name)]
-        return names[0] if len(names) == 1 else None
+    def find(self, name: str) -> list[str]:
+        """Return the accounts and lists that a name means; without a domain there may be several."""
+        if name.startswith("*"):
+            return []
+        if "@" not in name:
+            every = [*self.accounts, *self.lists]
+            found = [full for full in every if full.rpartition("@")[0] in (key(name), key(name).partition("+")[0])]
+            return [self.written(full) for full in found] or self.mailboxes(name)
+        return [self.written(key(name))] if key(name) in self.lists else self.mailboxes(name)[:1]
+
+    def written(self, name: str) -> str:
+        """Return an account or list as the users file writes it."""
+        return self.accounts[name] if name in self.accounts else self.lists[name][0]
 
     def members(self, name: str) -> list[str] | None:
         """Return the members of a list, or None when there is no such list."""
-        entry = self.lists.get(self.complete(name)) if not name.startswith("*") else None
-        return entry and entry[1]
+        found = self.find(name)
+        return self.lists[key(found[0])][1] if len(found) == 1 and key(found[0]) in self.lists else None
 
     # ---- passwords
+
+    def with_demo_passwords(self) -> list[str]:
+        """Return the accounts that still have the password which the project ships."""
+        return [self.accounts[name] for name, secret in DEMO.items() if self.secrets.get(name) == secret]
 
     def login_address(self, name: str) -> str | None:
         """Return the account that a login names, with or without its domain, or None."""
         if "@" in name:
             return self.accounts.get(key(name))
-        hits = [address for full, address in self.accounts.items() if full.rpartition("@")[0] == key(name)]
-        return hits[0] if len(hits) == 1 else None
+        found = [address for full, address in self.accounts.items() if full.rpartition("@")[0] == key(name)]
+        return found[0] if len(found) == 1 else None
 
     def check_password(self, name: str, password: bytes) -> str | None:
         """Return the account that a name and a password open, or None; a wrong name costs what a wrong one does."""
@@ -566,11 +577,14 @@ class Store:
         raise AssertionError(f"{address}: no message was expected, there is {message['Subject']!r}")
 
     def clear(self, address: str | None = None) -> None:
-        """Delete the messages of one mailbox, or of all."""
-        for name in [address] if address else list(self.users.accounts.values()):
+        """Delete the messages of one mailbox, or of all, and then the queue's as well."""
+        for name in [address] if address else [name for name in os.listdir(self.folder) if "@" in name]:
             for path in self.paths(name):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
+        for name in [] if address else self.queue_names():
+            with contextlib.suppress(FileNotFoundError):
+                self.unqueue(name)
 
     @contextlib.contextmanager
     def account(self) -> Iterator[tuple[str, str]]:

@@ -46,7 +46,7 @@ def test_failure(stores):
     assert one["Final-Recipient"] == "rfc822;nobody@b.example"
     assert one["Action"] == "failed"
     assert one["Status"] == "5.1.1"
-    assert one["Remote-MTA"] == "dns; 127.0.0.1"
+    assert one["Remote-MTA"] == "dns; [127.0.0.1]"
     assert one["Diagnostic-Code"].startswith("smtp; 550 5.1.1")
     original = report.get_payload(2).get_payload(0)
     assert original["Subject"] == "what came back"

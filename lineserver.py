@@ -24,7 +24,6 @@ import signal
 import socket
 import socketserver
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -779,6 +778,8 @@ def self_signed(folder, hostname: str) -> tuple[str, str]:
 
 def run_openssl(folder: str, hostname: str) -> None:
     """Make a folder with cert.pem and key.pem in it; raise ValueError saying what went wrong."""
+    import subprocess
+
     names = f"subjectAltName=DNS:{hostname},DNS:localhost,IP:127.0.0.1,IP:::1"
     argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     argv += ["-days", "3650", "-subj", f"/CN={hostname[:64]}", "-addext", names]

@@ -19,7 +19,6 @@ disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Rel
 """
 
 import contextlib
-import dataclasses
 import errno
 import itertools
 import os
@@ -27,6 +26,7 @@ import re
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import lineserver
 from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, is_loopback, printable, show_address, stuff
@@ -180,8 +180,7 @@ def unxtext(text: str) -> str:
 # ---------------------------------------------------------------- one message
 
 
-@dataclasses.dataclass
-class Recipient:
+class Recipient(NamedTuple):
     """One RCPT: where it leads (mailboxes here, or none: elsewhere) and what its sender wants to hear (RFC 3461)."""
 
     address: str
@@ -194,19 +193,17 @@ class Recipient:
         return event in (self.notify or "FAILURE").upper().split(",")
 
 
-@dataclasses.dataclass
 class Envelope:
     """What MAIL and RCPT have said about one message; there is one while a transaction is open, and none otherwise.
 
-    `sender` is the reverse path without its brackets; "" is the null sender.  `refused` counts refused recipients.
+    `sender` is the reverse path without its brackets; "" is the null sender.  `accepted` holds
+    a Recipient for each RCPT, `refused` counts the others.
     """
 
-    sender: str
-    parameters: dict
-    id: str
-    accepted: list[Recipient] = dataclasses.field(default_factory=list)
-    refused: int = 0
-    arrival: "Arrival | None" = None  # once BDAT has begun
+    def __init__(self, sender: str, parameters: dict, name: str):
+        self.sender, self.parameters, self.id = sender, parameters, name
+        self.accepted, self.refused = [], 0
+        self.arrival = None  # once DATA or BDAT has begun
 
     @property
     def recipients(self) -> list[str]:
@@ -735,8 +732,7 @@ def wants(waiting: dict, event: str) -> bool:
     return Recipient(waiting["address"], [], waiting["notify"]).wants(event)
 
 
-@dataclasses.dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """What an attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3)."""
 
     action: str

@@ -1,0 +1,258 @@
+"""Clients that are slow, many, loud or ill-meaning: bounded memory, bounded time, and the others are served."""
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, Program, send
+from conversation import Line
+
+from lineserver import Guesses, LineServer, printable
+from pop3d_simple import POP3Server
+from smtpd_simple import SMTPServer
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc here")
+
+
+def peak(pid):
+    """Return a process's peak of resident memory in MiB."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+@pytest.fixture
+def program(tmp_path):
+    users = tmp_path / "users.txt"
+    users.write_text("alice@example.test:wonderland\n")
+    with Program("--port", 0, "--pop3", 0, "--no-sync", cwd=tmp_path, count=2) as program:
+        yield program
+        assert "Traceback" not in program.stop()[1]
+
+
+@needs_proc
+def test_100_mb_in_and_out_with_little_memory(program):
+    block = b"0123456789abcde\r\n" * 61_680
+    with Line("127.0.0.1", program.ports["SMTP"], seconds=60) as client:
+        client.reply()
+        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+            client.ask(command)
+        for _ in range(95):
+            client.send(block)
+        client.send(".\r\n")
+        assert client.reply().startswith("250")
+    with Line("127.0.0.1", program.ports["POP3"], seconds=60) as client:
+        client.readline(), client.ask("USER alice"), client.ask("PASS wonderland")
+        size = int(client.ask("RETR 1").split()[1])
+        assert len(client.file.read(size)) == size > 99_000_000
+        assert client.readline() == "."
+    assert peak(program.process.pid) < 64
+
+
+@needs_proc
+@pytest.mark.parametrize("flood", ["a line without end", "a header line without end", "an answer without end"])
+def test_10_mb_without_a_newline(program, flood):
+    with Line("127.0.0.1", program.ports["SMTP"], seconds=30) as client:
+        client.reply()
+        client.ask("EHLO x")
+        wanted = "500 5.5.2"
+        if flood.startswith("a header"):
+            for command in ("MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+                client.ask(command)
+            client.send("Subject: ")
+            wanted = "250 2.0.0"
+        elif flood.startswith("an answer"):
+            client.ask("AUTH LOGIN")
+            wanted = "500 5.5.6"
+        for _ in range(10):
+            client.send(b"x" * 1_000_000)
+        client.send("\r\n.\r\n" if wanted[0] == "2" else "\r\n")
+        assert client.reply().startswith(wanted)
+        assert client.ask("NOOP").startswith("250")
+    assert peak(program.process.pid) < 64
+
+
+def test_thousands_of_noops(smtp):
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        sender = threading.Thread(target=client.send, args=("NOOP\r\n" * 20_000,))
+        sender.start()
+        assert all(client.reply() == "250 2.0.0 Ok" for _ in range(20_000))
+        sender.join()
+
+
+@pytest.mark.parametrize("drip", ["EHLO", "DATA", "AUTH"])
+def test_a_line_has_a_deadline_not_each_octet(store, drip):
+    """A client that sends an octet now and then is shown the door when the line has not come in time."""
+    with SMTPServer(("127.0.0.1", 0), store, timeout=0.5) as smtp, Line(smtp.host, smtp.port) as client:
+        client.reply()
+        if drip != "EHLO":
+            for command in (
+                ("EHLO x", "AUTH LOGIN")
+                if drip == "AUTH"
+                else ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA")
+            ):
+                client.ask(command)
+        client.sock.settimeout(0.1)
+        answer, deadline = b"", time.monotonic() + 5
+        while not answer:
+            assert time.monotonic() < deadline
+            try:
+                client.send("x")
+                answer = client.sock.recv(100)
+            except TimeoutError:
+                pass
+        assert answer.startswith(b"421 4.4.2")
+
+
+def test_a_flood_gets_an_answer_and_no_thread(store):
+    with SMTPServer(("127.0.0.1", 0), store, max_connections=10, max_per_address=10) as smtp:
+        clients = [Line(smtp.host, smtp.port) for _ in range(100)]
+        greetings = [client.readline()[:3] for client in clients]
+        assert greetings.count("220") == 10
+        assert greetings.count("421") == 90
+        assert len(smtp.threads) <= 11
+        for client in clients:
+            client.close()
+        while smtp.busy:
+            pass
+        assert send(smtp).startswith("250")
+
+
+def test_pop3_says_busy_too(store):
+    with POP3Server(("127.0.0.1", 0), store, max_connections=1) as pop3, Line(pop3.host, pop3.port) as first:
+        first.readline()
+        with Line(pop3.host, pop3.port) as second:
+            assert second.readline().startswith("-ERR [SYS/TEMP] too many")
+            assert second.at_end()
+
+
+def test_one_address_cannot_take_every_slot(store):
+    with SMTPServer(("127.0.0.1", 0), store, max_connections=20) as smtp:
+        clients = [Line(smtp.host, smtp.port, "127.0.0.1") for _ in range(30)]
+        assert [client.readline()[:3] for client in clients].count("220") == 18
+        with Line(smtp.host, smtp.port, "127.0.0.2") as other:
+            assert other.reply().startswith("220")
+        for client in clients:
+            client.close()
+
+
+@needs_proc
+def test_no_descriptors_left(tmp_path):
+    """It pauses (it does not spin), and serves again when there are some."""
+    users = tmp_path / "users.txt"
+    users.write_text("alice@example.test:wonderland\n")
+
+    def few():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    with Program("--port", 0, cwd=tmp_path, preexec_fn=few) as program:
+        clients = [Line("127.0.0.1", program.port) for _ in range(60)]
+        assert clients[0].reply().startswith("220")
+        with open(f"/proc/{program.process.pid}/stat") as file:
+            before = sum(map(int, file.read().rsplit(")")[1].split()[11:13]))
+        threading.Event().wait(0.5)
+        with open(f"/proc/{program.process.pid}/stat") as file:
+            ticks = sum(map(int, file.read().rsplit(")")[1].split()[11:13])) - before
+        assert ticks < 0.3 * os.sysconf("SC_CLK_TCK")
+        for client in clients:
+            client.close()
+        assert send(program).startswith("250")
+        status, errors = program.stop()
+    assert (status, "Traceback" in errors) == (0, False)
+    assert "can't accept" in errors
+
+
+def test_guessing_gets_slower_and_ends():
+    guesses = Guesses(0.25)
+    assert [guesses.failed("a") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
+    assert guesses.failed("b") == 0.25
+    guesses.forgive("a")
+    assert guesses.failed("a") == 0.25
+    for _ in range(100):
+        guesses.failed("b")
+    assert guesses.exhausted("b")
+    assert not guesses.exhausted("a")
+
+
+def test_an_address_that_has_guessed_too_often_is_not_listened_to(store, monkeypatch):
+    monkeypatch.setattr("lineserver.MAX_GUESSES", 7)
+    with POP3Server(("127.0.0.1", 0), store) as pop3:
+        for wanted in ("-ERR [AUTH] too many failed logins", "-ERR [AUTH] too many failed logins"):
+            with Line(pop3.host, pop3.port) as client:
+                client.readline()
+                replies = []
+                while "too many" not in (replies or [""])[-1]:
+                    client.ask("USER alice")
+                    replies.append(client.ask("PASS x"))
+                    if len(replies) == 5:
+                        replies.append(client.readline())
+                assert replies[-1].startswith(wanted)
+        with Line(pop3.host, pop3.port) as client:
+            client.readline()
+            client.ask("USER alice")
+            assert client.ask("PASS wonderland").startswith("-ERR [AUTH] too many")
+
+
+def test_a_wrong_password_waits(store, monkeypatch):
+    waits = []
+    monkeypatch.setattr(LineServer, "login_delay", 0.25)
+    with POP3Server(("127.0.0.1", 0), store) as pop3, Line(pop3.host, pop3.port) as client:
+        monkeypatch.setattr(pop3.stopping, "wait", waits.append)
+        client.readline()
+        for _ in range(3):
+            client.ask("USER alice")
+            client.ask("PASS x")
+    assert waits == [0.25, 0.5, 1.0]
+
+
+NASTY = [b"\r", b"\n", b"\0", b"\x1b[2J", b"\xff", "\u2028".encode(), "\u202e".encode(), b"\x7f", b"\x08"]
+
+
+@pytest.mark.parametrize("octets", NASTY, ids=repr)
+def test_what_a_client_says_reaches_nothing_raw(store, caplog, octets):
+    """Not a header, not a log line, not a file name."""
+    caplog.set_level("INFO")
+    lines = [
+        b"EHLO a" + octets + b"b",
+        b"EHLO x",
+        b"MAIL FROM:<a" + octets + b"b@c.test> SMTPUTF8",
+        b"MAIL FROM:<x@y.test> SMTPUTF8",
+    ]
+    lines += [
+        b"RCPT TO:<alice+" + octets + b"@example.test>",
+        b"RCPT TO:<alice@example.test>",
+        b"VRFY " + octets,
+        b"X" + octets + b"Y",
+    ]
+    with SMTPServer(("127.0.0.1", 0), store) as smtp, Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.send(b"\r\n".join(lines) + b"\r\nDATA\r\nx\r\n.\r\nQUIT\r\n")
+        answers = client.file.read()
+    with POP3Server(("127.0.0.1", 0), store) as pop3, Line(pop3.host, pop3.port) as client:
+        client.send(b"USER " + octets + b"\r\nPASS " + octets + b"\r\nQUIT\r\n")
+        answers += client.file.read()
+    for record in caplog.records:
+        assert record.getMessage().isprintable(), record.getMessage()
+    assert octets not in answers.replace(b"\r\n", b"")
+    for path in store.paths("alice@example.test"):
+        with open(path, "rb") as file:
+            assert octets not in file.read().replace(b"\r\n", b"")
+
+
+def test_printable():
+    assert printable("用户 a") == "用户 a"
+    assert printable("a\r\n\x1b\u202e\udcff") == "a\\r\\n\\x1b\\u202e\\udcff"
+
+
+def test_the_fuzzer_for_a_moment():
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "fuzz.py", "--sessions", "600", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,243 @@
+"""The three programs, run as their users run them."""
+
+import os
+import re
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, Program, send
+from conversation import Line
+
+from store import Store
+
+
+def run(script, *argv, **options):
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True, timeout=20, **options
+    )
+
+
+@pytest.fixture
+def users(tmp_path):
+    path = tmp_path / "users.txt"
+    path.write_text("alice@example.test:wonderland\nstaff@example.test = alice@example.test\n")
+    return path
+
+
+@pytest.mark.parametrize("script", ["smtpd_simple.py", "pop3d_simple.py"])
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["--port", "x"], 2, "not a port"),
+        (["--port", "65536"], 2, "not a port"),
+        (["--max-connections", "0"], 2, "above 0"),
+        (["--nonsense"], 2, "unrecognized"),
+        (["--tls-cert", "x"], 2, "go together"),
+        (["--require-tls"], 2, "needs --tls-cert"),
+        (["--tls-cert", "missing", "--tls-key", "missing"], 1, "missing: No such file"),
+        (["--tls-cert", "users.txt", "--tls-key", "users.txt"], 2, "not a certificate"),
+        (["--users", "missing.txt"], 1, "missing.txt: No such file"),
+        (["--users", "broken.txt"], 2, "broken.txt:2: "),
+        (["--spool", "users.txt/spool"], 1, "users.txt/spool"),
+        (["--host", "203.0.113.1"], 1, "203.0.113.1"),
+    ],
+)
+def test_mistakes_give_one_line(tmp_path, users, script, argv, status, said):
+    (tmp_path / "broken.txt").write_text("alice@example.test:x\nbroken\n")
+    result = run(script, "--port", 0, *argv, cwd=tmp_path)
+    last = result.stderr.strip().split("\n")[-1]
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False), result.stderr
+    assert said in last
+    assert last.startswith(f"{script}: ")
+    assert len(result.stderr.strip().split("\n")) == 1 or "usage:" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["smtpd_simple.py", "pop3d_simple.py"])
+def test_a_port_in_use(tmp_path, users, script):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(script, "--port", port, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == f"{script}: 127.0.0.1:{port}: Address already in use\n"
+
+
+@pytest.mark.parametrize(
+    "argv", [["--route", "x"], ["--relay", "x:y"], ["--intercept", "missing.py"], ["--intercept", "users.txt"]]
+)
+def test_mistakes_of_smtp(tmp_path, users, argv):
+    result = run("smtpd_simple.py", "--port", 0, *argv, cwd=tmp_path)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().split("\n")) == 1
+
+
+def test_version_and_help():
+    for script in ("smtpd_simple.py", "pop3d_simple.py"):
+        assert re.fullmatch(rf"{script} \d+\.\d+\n", run(script, "--version").stdout)
+        assert "--tls-self-signed" in run(script, "--help").stdout
+
+
+def test_readme_lists_every_option():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for flag in set(re.findall(r"--[a-z][a-z0-9-]+", run("smtpd_simple.py", "--help").stdout)) - {
+        "--help",
+        "--mail-from",
+        "--mail-rcpt",
+    }:
+        assert f"`{flag}" in readme or f" {flag}" in readme, flag
+
+
+def test_the_whole_server(tmp_path, users, certificate):
+    """All listeners in one process: their lines, what a newcomer is told, a message through, the end with status 0."""
+    argv = ["--port", 0, "--pop3", 0, "--smtps-port", 0, "--pop3s-port", 0, "--hostname", "mail.example.test"]
+    argv += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
+    with Program(*argv, cwd=tmp_path, count=4) as program:
+        assert list(program.ports) == ["SMTP", "SMTPS", "POP3", "POP3S"]
+        assert "spool     " in program.process.stdout.readline()
+        assert "alice@example.test" in program.process.stdout.readline()
+        assert send(program).startswith("250")
+        for name, greeting in (("SMTPS", "220"), ("POP3S", "+OK")):
+            with Line("127.0.0.1", program.ports[name]) as client:
+                client.start_tls()
+                assert client.readline().startswith(greeting)
+        status, errors = program.stop()
+    assert status == 0
+    assert "queued as" in errors
+    assert "Traceback" not in errors
+    assert len(Store(tmp_path / "spool", users).messages("alice@example.test")) == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_with_sessions_open(tmp_path, users, how):
+    """Idle sessions hear 421, a message that is arriving is the sender's again, the status is 0."""
+    with Program("--port", 0, "--pop3", 0, cwd=tmp_path, count=2) as program:
+        idle, arriving, pop3 = (Line("127.0.0.1", program.ports[name]) for name in ("SMTP", "SMTP", "POP3"))
+        idle.reply(), pop3.readline(), arriving.reply()
+        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+            arriving.ask(command)
+        arriving.send("Subject: half\r\n")
+        idle.ask("NOOP")
+        status, errors = program.stop(how)
+        assert status == 0, errors
+        assert idle.readline().startswith("421 4.3.2")
+        assert arriving.readline().startswith("421 4.3.2")
+        assert pop3.at_end()
+        for client in (idle, arriving, pop3):
+            client.close()
+    assert Store(tmp_path / "spool", users).messages("alice@example.test") == []
+
+
+def test_mail_survives_a_restart(tmp_path, users):
+    for n in range(2):
+        with Program("--port", 0, cwd=tmp_path) as program:
+            assert send(program, f"Subject: {n}\r\n\r\n".encode()).startswith("250")
+            assert program.stop()[0] == 0
+    assert [m["Subject"] for m in Store(tmp_path / "spool", users).messages("alice@example.test")] == ["0", "1"]
+
+
+def test_demo_passwords_on_an_open_address(tmp_path):
+    for address, wanted in (("0.0.0.0", True), ("127.0.0.1", False)):
+        with Program("--port", 0, "--host", address, "--users", ROOT / "users.txt", cwd=tmp_path) as program:
+            assert ("WARNING" in program.stop()[1]) is wanted
+
+
+def test_intercept_from_a_file(tmp_path, users):
+    (tmp_path / "hook.py").write_text(
+        "def intercept(session, verb, argument):\n    return '451 4.7.1 no' if verb == 'MAIL' else None\n"
+    )
+    with (
+        Program("--port", 0, "--intercept", "hook.py", cwd=tmp_path) as program,
+        Line("127.0.0.1", program.port) as client,
+    ):
+        client.reply()
+        client.ask("EHLO x")
+        assert client.ask("MAIL FROM:<>") == "451 4.7.1 no"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
+def test_processes(tmp_path, users):
+    """They share the listeners; one that dies is replaced while the others serve; one signal ends all."""
+    with Program("--port", 0, "--pop3", 0, "--processes", 2, cwd=tmp_path, count=2) as program:
+        pid = str(program.process.pid)
+
+        def children():
+            out = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=False).stdout
+            return set(map(int, out.split()))
+
+        def until(good):
+            deadline = time.monotonic() + 10
+            while not good():
+                assert time.monotonic() < deadline
+            return True
+
+        until(lambda: len(children()) == 2)
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            before = children()
+            os.kill(min(before), how)
+            until(lambda before=before: len(children()) == 2 and children() != before)
+            for _ in range(10):
+                assert send(program).startswith("250")
+        before = children()
+        status, errors = program.stop()
+        assert status == 0
+        assert errors.count("takes its place") == 2
+        assert "Traceback" not in errors
+        until(lambda: not any(os.path.exists(f"/proc/{child}") for child in before))
+    assert len(Store(tmp_path / "spool", users).messages("alice@example.test")) == 20
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="there is no /proc here")
+def test_processes_end_with_their_parent(tmp_path, users):
+    with Program("--port", 0, "--processes", 2, cwd=tmp_path) as program:
+        with smtplib.SMTP("127.0.0.1", program.port) as client:
+            client.noop()
+        out = subprocess.run(
+            ["pgrep", "-P", str(program.process.pid)], capture_output=True, text=True, check=False
+        ).stdout
+        children = out.split()
+        assert children
+        program.process.kill()
+        deadline = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{child}") for child in children):
+            assert time.monotonic() < deadline
+
+
+# ---- store.py
+
+
+def test_store_words(tmp_path, users):
+    store = Store(tmp_path / "spool", users)
+    from store import Copy, Incoming
+
+    incoming = Incoming(store, [Copy(store.mailbox("alice@example.test"), b"")])
+    incoming.write(b"From: me@client.test\r\nSubject: hello\r\n\r\ntext\r\n")
+    incoming.commit()
+    incoming.close()
+
+    def word(*argv, **options):
+        return run("store.py", *argv, cwd=tmp_path, **options)
+
+    assert (
+        word("accounts").stdout
+        == "alice@example.test\t1 messages\t46 octets\nstaff@example.test\t= alice@example.test\n"
+    )
+    assert word("--spool", "spool", "list", "alice").stdout == "1\t-\tme@client.test\thello\n"
+    assert word("list", "alice@example.test", "--spool", "spool").stdout == "1\t-\tme@client.test\thello\n"
+    assert word("show", "alice", 1).stdout == "From: me@client.test\nSubject: hello\n\ntext\n"
+    assert word("wait", "alice").returncode == 0
+    assert word("queue").stdout == ""
+    assert word("list", "nobody").returncode == 2
+    assert word("show", "alice", 2).returncode == 2
+    assert word("show", "alice").returncode == 2
+    assert word("accounts", "x").returncode == 2
+    assert word("nonsense").returncode == 2
+    store.clear()
+    result = word("wait", "alice", "--timeout", "0.1")
+    assert (result.returncode, "nothing" in result.stderr) == (1, True)
+    secret = word("hash", input="secret\n").stdout.strip()
+    users.write_text(f"alice@example.test:{secret}\n")
+    assert store.users.check_password("alice", b"secret")

@@ -1,0 +1,252 @@
+"""The servers inside another program's tests: what README promises to whoever embeds them."""
+
+import asyncio
+import contextlib
+import mailbox
+import poplib
+import re
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT, USERS, send
+from conversation import Line
+
+from pop3d_simple import POP3Server
+from smtpd_simple import Disconnect, SMTPServer
+from store import Store
+
+
+def send_something_to(address, host, port):
+    with smtplib.SMTP(host, port) as client:
+        client.sendmail("me@client.test", [address], "Subject: hello\r\n\r\nhello\r\n")
+
+
+def test_the_python_of_readme(tmp_path, monkeypatch):
+    """All of README's Python runs, on free ports and in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) >= 5
+    users = {"alice@example.test": "wonderland"}
+    space = {"send_something_to": send_something_to, "smtplib": smtplib, "Store": Store, "SMTPServer": SMTPServer}
+    space["store"] = store = Store("spool", users, sync=False)
+    with SMTPServer(("127.0.0.1", 0), store) as smtp, POP3Server(("127.0.0.1", 0), store) as pop3:
+        first, *others = blocks
+        exec(first.replace("1025", str(smtp.port)).replace("1110", str(pop3.port)), space)
+    for block in others:
+        store.clear()
+        exec(block, space)
+    store.clear()
+    with SMTPServer(("127.0.0.1", 0), store) as mail:
+        space["test_welcome_mail"](mail)
+    result = space["unittest"].TextTestRunner(stream=open("out", "w")).run(space["WelcomeMail"]("test_it_is_sent"))  # noqa: SIM115
+    assert result.wasSuccessful()
+    check_faults(space, store)
+
+
+def check_faults(space, store):
+    with (
+        SMTPServer(("127.0.0.1", 0), store, intercept=space["Greylist"]()) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
+        client.reply(), client.ask("EHLO x"), client.ask("MAIL FROM:<>")
+        assert [client.ask("RCPT TO:<alice@example.test>")[:3] for _ in range(3)] == ["451", "451", "250"]
+    send_to = {"USER": "+OK", "PASS": "-ERR [IN-USE]"}
+    with POP3Server(("127.0.0.1", 0), store, intercept=space["in_use"]) as pop3, Line(pop3.host, pop3.port) as client:
+        client.readline()
+        assert client.ask("USER alice").startswith(send_to["USER"])
+        assert client.ask("PASS wonderland").startswith(send_to["PASS"])
+    with POP3Server(("127.0.0.1", 0), store, intercept=space["cut_retr"]) as pop3, Line(pop3.host, pop3.port) as client:
+        client.readline(), client.ask("USER alice"), client.ask("PASS wonderland")
+        client.send("RETR 1\r\n")
+        assert client.file.read() == b"+OK 1000 octets\r\nSubject: half a mess"
+    with SMTPServer(("127.0.0.1", 0), store, intercept=space["stall"]) as smtp:
+        assert send(smtp).startswith("250")
+
+
+def test_wait_wakes_up_at_once(store, smtp):
+    got = []
+    waiter = threading.Thread(target=lambda: got.extend(store.wait("alice@example.test", count=2, timeout=10)))
+    waiter.start()
+    for n in range(2):
+        send(smtp, f"Subject: {n}\r\n\r\n".encode())
+    waiter.join()
+    assert [message["Subject"] for message in got] == ["0", "1"]
+
+
+def test_wait_says_what_did_arrive(store, smtp):
+    send(smtp)
+    with pytest.raises(TimeoutError, match=r"alice@example\.test: waited 0.01 s for 1 message that match.*'hi'"):
+        store.wait("alice@example.test", timeout=0.01, match=lambda message: False)
+    with pytest.raises(TimeoutError, match="nothing"):
+        store.wait("bob@example.test", timeout=0.01)
+
+
+def test_wait_sees_what_another_process_delivers(store, smtp):
+    other = Store(store.folder, USERS, sync=False)
+    with SMTPServer(("127.0.0.1", 0), other) as server:
+        send(server)
+        assert store.wait("alice@example.test")
+
+
+def test_expect_none_and_clear(store, smtp):
+    store.expect_none("alice@example.test", 0.01)
+    send(smtp), send(smtp, to="bob@example.test")
+    with pytest.raises(AssertionError, match="'hi'"):
+        store.expect_none("alice@example.test", 1)
+    store.clear("alice@example.test")
+    assert [len(store.messages(name)) for name in ("alice@example.test", "bob@example.test")] == [0, 1]
+    store.clear()
+    assert store.messages("bob@example.test") == []
+
+
+def test_an_account_for_one_test(store, smtp, pop3):
+    with store.account() as (address, password), store.account() as (other, _):
+        assert address != other
+        send(smtp, to=address)
+        [message] = store.wait(address)
+        assert message["Delivered-To"] == address
+        client = poplib.POP3(pop3.host, pop3.port)
+        client.user(address)
+        client.pass_(password)
+        client.quit()
+    with pytest.raises(AssertionError):
+        assert send(smtp, to=address)
+    assert address not in store.users.accounts.values()
+
+
+def test_on_message(store):
+    seen = []
+    with SMTPServer(("127.0.0.1", 0), store, on_message=lambda *args: seen.append(args)) as smtp:
+        send(smtp, to="staff@example.test")
+    [(envelope, path)] = seen
+    assert (envelope.sender, envelope.recipients) == ("me@client.test", ["staff@example.test"])
+    with open(path, "rb") as file:
+        assert b"Subject: hi" in file.read()
+
+
+def test_a_hook_that_fails_does_not_lose_mail(store, caplog):
+    def broken(envelope, path):
+        raise RuntimeError("broken hook")
+
+    with SMTPServer(("127.0.0.1", 0), store, on_message=broken) as smtp:
+        assert send(smtp).startswith("250")
+    assert "broken hook" in caplog.text
+    assert len(store.messages("alice@example.test")) == 1
+
+
+def test_what_a_session_knows(store):
+    seen = {}
+
+    def look(session, verb, argument):
+        seen[verb] = (
+            session.peer[0],
+            session.helo,
+            session.user,
+            session.tls,
+            session.envelope and session.envelope.recipients,
+        )
+
+    with SMTPServer(("127.0.0.1", 0), store, intercept=look) as smtp, smtplib.SMTP(smtp.host, smtp.port) as client:
+        client.ehlo("client.test")
+        client.login("alice", "wonderland")
+        client.sendmail("", ["bob@example.test"], "x")
+    assert seen["CONNECT"] == ("127.0.0.1", "", None, False, None)
+    assert seen["."] == ("127.0.0.1", "client.test", "alice@example.test", False, ["bob@example.test"])
+
+
+@pytest.mark.parametrize("verb", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT"])
+def test_drop_the_line_anywhere(store, verb):
+    def drop(session, seen, argument):
+        if seen == verb:
+            raise Disconnect
+
+    with (
+        SMTPServer(("127.0.0.1", 0), store, intercept=drop) as smtp,
+        Line(smtp.host, smtp.port) as client,
+        contextlib.suppress(ConnectionError),
+    ):
+        client.send("EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<alice@example.test>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n")
+        client.file.read()
+    assert len(store.messages("alice@example.test")) == (1 if verb == "QUIT" else 0)
+
+
+def test_a_bug_is_421_and_a_traceback_in_the_log(store, caplog):
+    def bug(session, verb, argument):
+        if verb == "NOOP":
+            raise RuntimeError("a bug")
+
+    with SMTPServer(("127.0.0.1", 0), store, intercept=bug) as smtp:
+        with Line(smtp.host, smtp.port) as client:
+            client.reply()
+            assert client.ask("NOOP").startswith("421 4.3.0")
+            assert client.at_end()
+        assert send(smtp).startswith("250")
+    assert "RuntimeError: a bug" in caplog.text
+
+
+def test_a_failed_start_raises_at_once_and_leaves_nothing(store):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for server in (SMTPServer, POP3Server):
+            with pytest.raises(OSError, match="in use"):
+                server(taken.getsockname(), store)
+
+
+def test_many_servers_side_by_side(store):
+    servers = [SMTPServer(("127.0.0.1", 0), store) for _ in range(10)]
+    for server in servers:
+        server.start()
+    assert len({server.port for server in servers}) == 10
+    for server in servers:
+        assert send(server).startswith("250")
+        server.server_close()
+
+
+def test_stopping_with_a_session_open_takes_no_time(store):
+    """The session hears 421; nobody waits for its client."""
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        client = Line(smtp.host, smtp.port)
+        client.reply()
+    assert client.readline().startswith("421 4.3.2")
+    client.close()
+
+
+def test_ipv6(store):
+    try:
+        server = SMTPServer(("::1", 0), store)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server as smtp:
+        assert send(smtp).startswith("250")
+    [message] = store.messages("alice@example.test")
+    assert "([IPv6:::1])" in message["Received"]
+
+
+def test_inside_asyncio(store):
+    async def main():
+        with SMTPServer(("127.0.0.1", 0), store) as smtp:
+            reader, writer = await asyncio.open_connection(smtp.host, smtp.port)
+            assert (await reader.readline()).startswith(b"220")
+            writer.close()
+            await writer.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_importing_is_cheap_and_starts_nothing():
+    code = "import sys, threading, smtpd_simple, pop3d_simple; print(threading.active_count(), *sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    count, *modules = out.split()
+    assert count == "1"
+    assert not {"ssl", "email", "smtplib", "hashlib", "argparse", "asyncio", "subprocess"} & set(modules)
+
+
+def test_pythons_mailbox_reads_the_spool(store, smtp):
+    for n in range(3):
+        send(smtp, f"Subject: {n}\r\n\r\nhello\r\n".encode())
+    box = mailbox.Maildir(store.mailbox("alice@example.test"), create=False)
+    assert sorted(message["Subject"] for message in box) == ["0", "1", "2"]

@@ -164,7 +164,8 @@ def test_mpop(mail, deliver, tmp_path):
     config = tmp_path / "mpoprc"
     config.write_text(
         f"account a\nhost 127.0.0.1\nport {mail[1].port}\nuser alice\npasswordeval echo wonderland\n"
-        f"tls on\ntls_starttls on\ntls_certcheck off\ndelivery maildir {tmp_path}/in\nuidls_file {tmp_path}/uidls\nkeep off\n"
+        f"tls on\ntls_starttls on\ntls_certcheck off\ndelivery maildir {tmp_path}/in\n"
+        f"uidls_file {tmp_path}/uidls\nkeep off\n"
     )
     config.chmod(0o600)
     run("mpop", "-C", config, "a")

@@ -383,7 +383,10 @@ class Incoming:
         while self.pending:
             done.append(self.store.publish(*self.pending[0]))
             del self.pending[0]
-        for folder in dict.fromkeys(os.path.dirname(path) for path in done):
+        folders = [os.path.dirname(path) for path in done]
+        if envelope is not None:
+            folders += [self.store.folder, os.path.dirname(self.store.folder)]
+        for folder in dict.fromkeys(folders):
             self.store.sync_folder(folder)
         self.store.announce(envelope is not None)
         return done
@@ -453,7 +456,7 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder, show that it can be written, and remove what crashes left in tmp/ long ago."""
-        self.make_folder(self.queue_folder)
+        os.makedirs(f"{self.queue_folder}/tmp", mode=0o700, exist_ok=True)  # synced when the first message is in it
         probe = f"{self.queue_folder}/tmp/{os.getpid()}.{next(counter)}"
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         os.unlink(probe)

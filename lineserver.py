@@ -143,8 +143,8 @@ class LineReader:
         self.buffer = bytearray()
         self.seconds = None
 
-    def fill(self, seconds: float, size: int = MAX_LINE) -> None:
-        """Add what arrives next, up to `size` octets, to the buffer; wait `seconds` for it at most."""
+    def receive(self, seconds: float, size: int) -> bytes:
+        """Return what arrives next, up to `size` octets, whatever the buffer holds; wait `seconds` for it at most."""
         self.before_waiting()
         if seconds <= 0:
             raise TimeoutError
@@ -159,14 +159,14 @@ class LineReader:
             raise Disconnect(f"lost: {error.strerror or error}") from None
         if not block:
             raise Disconnect("the client left")
-        self.buffer += block
+        return block
 
     def readline(self, limit: int, seconds: float) -> bytes:
         """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
         deadline, left, seen = time.monotonic() + seconds, seconds, 0
         while (end := self.buffer.find(b"\n", seen, limit)) < 0 and len(self.buffer) < limit:
             seen = len(self.buffer)
-            self.fill(left)
+            self.buffer += self.receive(left, MAX_LINE)
             left = deadline - time.monotonic()
         return self.take(end + 1 if end >= 0 else limit)
 
@@ -185,11 +185,10 @@ class LineReader:
         deadline, since, ahead = time.monotonic() + seconds, 0, FIRST_BLOCK
         left = seconds
         while True:
-            if not self.buffer:
-                self.fill(left, ahead)
-            block = self.take(size)
+            block = self.take(size) if self.buffer else self.receive(left, ahead)
             since += len(block)
-            ahead = size if len(block) >= ahead else FIRST_BLOCK
+            if len(block) == ahead:
+                ahead = size
             if since >= size or b"\n" in block:
                 deadline, since, left = time.monotonic() + seconds, 0, seconds
             else:

@@ -750,7 +750,8 @@ class Maildrop:
                 try:
                     state = os.stat(self.path(name))
                     stamp = (state.st_size, state.st_mtime_ns)
-                    size = known[name][1] if name in known and known[name][0] == stamp else self.wire_size(name)
+                    old = known.get(name)
+                    size = old[1] if old and old[0] == stamp else self.wire_size(name, state.st_size)
                 except OSError:
                     continue  # gone again, or a folder
                 now[name] = (stamp, size)
@@ -760,9 +761,9 @@ class Maildrop:
             self.write_sizes(now)
         return kept, sizes
 
-    def wire_size(self, name: str) -> int:
+    def wire_size(self, name: str, octets: int) -> int:
         with open(self.path(name), "rb", buffering=0) as file:
-            return sum(map(len, wire(file)))
+            return sum(map(len, wire(file, min(octets + 1, BLOCK))))
 
     def read_sizes(self) -> dict[str, tuple[tuple[int, int], int]]:
         """Return what was measured before: name to (file's size and time, size on the wire)."""

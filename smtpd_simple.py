@@ -882,12 +882,13 @@ class Relay:
         down = None
         try:
             for name, recipients in messages.items():
+                entry = self.entries.get(name)
                 if self.stopping.is_set():
                     return
-                if down is None:
-                    down = self.attempt(host, self.entries[name], recipients)
-                else:
-                    self.settle(host, self.entries[name], recipients, dict.fromkeys(addresses(recipients), down))
+                if entry and down is None:
+                    down = self.attempt(host, entry, recipients)
+                elif entry:
+                    self.settle(host, entry, recipients, dict.fromkeys(addresses(recipients), down))
         except Exception:
             self.log.exception("relay to %s", show_address(*host))
             self.stopping.wait(1)
@@ -992,6 +993,8 @@ class Relay:
     def settle(self, host, entry: dict, recipients: list[dict], outcomes: dict[str, Outcome]) -> None:
         """Note what became of each recipient, durably, and report what their sender wants to hear."""
         with self.guard:
+            if self.store.envelope(entry["id"]) is None:
+                return  # somebody has taken it out of the queue meanwhile
             now, where = time.time(), show_address(*host)
             for waiting in recipients:
                 self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])

@@ -135,7 +135,7 @@ def send(chance, port, data):
                 sock.settimeout(5)
                 while sock.recv(65536):
                     pass
-    except (ConnectionError, BrokenPipeError):
+    except OSError:
         pass
 
 
@@ -195,7 +195,7 @@ def fuzz(seed, sessions, seconds):
                 if descriptors() > baseline:
                     return f"descriptors leak: {descriptors()} after {done} sessions"
                 if handler.seen:
-                    return f"after {done} sessions: {handler.seen[0]}\nthe last batch: {batch}"
+                    return f"after {done} sessions: {handler.seen[0]}\nthe last batch: {batch}"[:20_000]
                 store.clear()
     print(f"{done} sessions, nothing found (seed {seed})")
     return None

@@ -456,3 +456,19 @@ def test_a_damaged_envelope_harms_nobody(stores):
     with pair(stores) as (a, _):
         send(a, ["bob@b.example"])
         stores[1].wait("bob@b.example")
+
+
+def test_a_message_taken_out_of_the_queue_while_it_is_tried(stores, caplog):
+    """`Store.clear` between two tests, or an operator's rm: no traceback, and it does not come back."""
+
+    def take_away(session, verb, argument):
+        if verb == "MAIL":
+            stores[0].clear()
+            return "451 4.3.0 later"
+        return None
+
+    with pair(stores, b_options={"intercept": take_away}) as (a, _):
+        for _ in range(3):
+            send(a, ["bob@b.example"])
+        assert empty(stores[0])
+    assert "Traceback" not in caplog.text

@@ -898,7 +898,7 @@ class StderrLog(logging.Handler):
     second, stamp = 0, ""
 
     def handle(self, record):
-        """Write without the handler's lock: a line is one write, and threads that queued here would cost more than it."""
+        """Write without the handler's lock: a line is one write, threads that queued here would cost more."""
         self.emit(record)
         return record
 

@@ -40,7 +40,7 @@ LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
 HANDSHAKE = 30  # seconds for a TLS handshake
 LINGER = 2  # seconds in which a client that still sends may read our last words
 SPARE_THREADS = 32  # threads that wait for a connection at most
-STOPPING = 8  # seconds that sessions have to end when the server stops
+STOPPING = 6  # seconds that sessions have to end when the server stops
 SEND_BLOCK = 1 << 18  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
 
@@ -946,6 +946,23 @@ def listen(make, address: tuple[str, int], *args, **options):
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
     log_to_stderr()
+    signal.signal(signal.SIGINT, interrupt)  # even where a shell has told us to ignore it
+    signal.signal(signal.SIGTERM, interrupt)
+    threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
+    try:
+        announce(servers, notice)
+        if processes == 1:
+            hold_to_core(os.getpid())
+            serve_here(servers)
+        else:
+            supervise(servers, processes)
+    except KeyboardInterrupt:  # before it has quite begun
+        pass
+    return 0
+
+
+def announce(servers: list[LineServer], notice: str) -> None:
+    """Print where each server listens and what a newcomer wants to know, and warn of what everybody knows."""
     if demo := servers[0].store.users.with_demo_passwords():
         for server in servers:
             if not is_loopback(server.host):
@@ -957,15 +974,6 @@ def run(servers: list[LineServer], processes: int, notice: str) -> int:
     for server in servers:
         print(f"{server.name} listening on {show_address(server.host, server.port)}")
     print(notice, flush=True)
-    threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
-    signal.signal(signal.SIGINT, interrupt)  # even where a shell has told us to ignore it
-    signal.signal(signal.SIGTERM, interrupt)
-    if processes == 1:
-        hold_to_core(os.getpid())
-        serve_here(servers)
-    else:
-        supervise(servers, processes)
-    return 0
 
 
 def interrupt(*_):

@@ -338,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(args) -> int:
+    """Open the listeners that the options name, and serve; raise ValueError or OSError."""
     store, options = Store(args.spool, users_file(args.users)), lineserver.shared_options(args)
     servers = [lineserver.listen(POP3Server, (args.host, args.port), store, **options)]
     if args.pop3s_port is not None:

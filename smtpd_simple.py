@@ -1072,10 +1072,12 @@ class Relay:
 
 
 def addresses(recipients: list[dict]) -> list[str]:
+    """Return the addresses of queued recipients."""
     return [waiting["address"] for waiting in recipients]
 
 
 def domain_of(waiting: dict) -> str:
+    """Return the domain of a queued recipient."""
     return waiting["address"].rpartition("@")[2]
 
 
@@ -1204,6 +1206,7 @@ def as_routes(given) -> dict[str, str]:
 
 
 def parse_arguments(argv: list[str] | None):
+    """Read the command line; end the program when it is wrong."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="smtpd_simple.py", description="A small mail server: SMTP in, POP3 out.")
@@ -1229,6 +1232,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def serve(args) -> int:
+    """Open the listeners that the options name, and serve; raise ValueError or OSError."""
     options, listen, host = lineserver.shared_options(args), lineserver.listen, args.host
     options["intercept"] = load_intercept(args.intercept) if args.intercept else None
     store = Store(args.spool, users_file(args.users), sync=not args.no_sync)

@@ -866,6 +866,7 @@ def wire(file, size: int = BLOCK) -> Iterator[bytes]:
 
 
 def show_accounts(store: Store, args) -> int:
+    """Print each account with what is in its mailbox, and each list with its members."""
     for address in store.users.accounts.values():
         octets = sum(os.path.getsize(path) for path in store.paths(address))
         print(f"{address}\t{len(store.paths(address))} messages\t{octets} octets")
@@ -875,6 +876,7 @@ def show_accounts(store: Store, args) -> int:
 
 
 def show_list(store: Store, args) -> int:
+    """Print a line for each message of a mailbox."""
     for number, message in enumerate(store.messages(args.address), 1):
         fields = (message.get(field, "-") for field in ("Date", "From", "Subject"))
         print(number, *(" ".join(str(field).split()) for field in fields), sep="\t")
@@ -882,6 +884,7 @@ def show_list(store: Store, args) -> int:
 
 
 def show_message(store: Store, args) -> int:
+    """Print one message, with the line ends of this system."""
     paths = store.paths(args.address)
     if not 1 <= args.number <= len(paths):
         raise ValueError(f"{args.address} has {len(paths)} messages, there is no number {args.number}")
@@ -892,6 +895,7 @@ def show_message(store: Store, args) -> int:
 
 
 def wait_for_mail(store: Store, args) -> int:
+    """Wait until a mailbox has a message; return 0, or 1 when none came."""
     try:
         store.wait(args.address, timeout=args.timeout)
     except TimeoutError as error:
@@ -901,6 +905,7 @@ def wait_for_mail(store: Store, args) -> int:
 
 
 def show_queue(store: Store, args) -> int:
+    """Print a line for each message that waits for another host."""
     now = time.time()
     for entry in store.queued():
         waiting = entry["recipients"]

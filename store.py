@@ -960,10 +960,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def users_file(named: str | None) -> str:
-    """Return the users file to use: the one named, else the one here, else the one beside this program."""
+def users_file(named: str | None) -> str | dict[str, str]:
+    """Return the users file to use: the one named, else the one here, else the one beside this program, else (where
+    only the modules are installed) the demo accounts."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "users.txt")
-    return named or ("users.txt" if os.path.exists("users.txt") or not os.path.exists(beside) else beside)
+    return named or next((path for path in ("users.txt", beside) if os.path.exists(path)), DEMO)
 
 
 if __name__ == "__main__":

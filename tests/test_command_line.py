@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import smtplib
 import socket
@@ -143,6 +144,15 @@ def test_demo_passwords_on_an_open_address(tmp_path):
     for address, wanted in (("0.0.0.0", True), ("127.0.0.1", False)):
         with Program("--port", 0, "--host", address, "--users", ROOT / "users.txt", cwd=tmp_path) as program:
             assert ("WARNING" in program.stop()[1]) is wanted
+
+
+def test_modules_alone_have_the_demo_accounts(tmp_path):
+    """As after `pip install`, from any folder: there is no users.txt then."""
+    for module in ("lineserver", "pop3d_simple", "smtpd_simple", "store"):
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    script = tmp_path / "smtpd_simple.py"
+    with Program("--port", 0, script=script, cwd=tmp_path) as program:
+        assert send(program).startswith("250")
 
 
 def test_intercept_from_a_file(tmp_path, users):

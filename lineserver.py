@@ -818,8 +818,9 @@ class Trace:
             head, text = f"\x1b[{self.COLOURS['dim']}m{head}\x1b[0m", f"\x1b[{tone}m{direction}: {text}\x1b[0m"
         else:
             text = f"{direction}: {text}"
-        self.stream.write(f"{head}  {text}\n")
-        self.stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+            self.stream.write(f"{head}  {text}\n")
+            self.stream.flush()
 
 
 # ---------------------------------------------------------------- the command line that both programs share

@@ -23,6 +23,7 @@ import errno
 import itertools
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -596,7 +597,8 @@ class SMTPHandler(LineHandler):
             entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
             for recipient in entry["recipients"]:
                 recipient.update(action="delivered", status="2.0.0", error="")
-            server.relay.report(entry, entry["recipients"], "", paths[0])
+            with contextlib.suppress(OSError):  # logged; the message itself is safe
+                server.relay.report(entry, entry["recipients"], "", paths[0])
 
     # ---- questions
 
@@ -823,8 +825,9 @@ class Relay:
         for thread in [self.thread, *self.active.values()]:
             if thread:
                 thread.join(max(deadline - time.monotonic(), 0))
-        for client in list(self.clients):
-            client.close()
+        for client in list(self.clients):  # close() would wait for the thread that reads
+            with contextlib.suppress(OSError, AttributeError):
+                client.sock.shutdown(socket.SHUT_RDWR)
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
@@ -839,8 +842,8 @@ class Relay:
                 if self.lock is not None:
                     self.look()
                     pause = self.send_what_is_due()
-            except OSError as error:
-                self.log.error("relay: %s", error)
+            except Exception:
+                self.log.exception("relay")
             self.store.queue_changed.wait(min(max(pause, 0.01), 1.0))
 
     def look(self) -> None:
@@ -959,24 +962,26 @@ class Relay:
         if parameters.get("BODY", "").upper() == "8BITMIME" and not client.has_extn("8bitmime"):
             self.log.warning("%s goes as it is to a host that does not offer 8BITMIME", entry["id"])
         code, text = client.docmd("MAIL", f"FROM:<{entry['sender']}>{self.mail_options(client, entry)}")
-        if code != 250:
+        if code // 100 != 2:
             return outcomes.update(dict.fromkeys(addresses(recipients), Outcome.of(code, text)))
         taken = []
         for waiting in recipients:
             code, text = client.docmd("RCPT", f"TO:<{waiting['address']}>{rcpt_options(waiting) if dsn else ''}")
-            if code in (250, 251):
+            if code // 100 == 2:
                 taken.append(waiting["address"])
             else:  # 552 means too many recipients here (RFC 5321 4.5.3.1.10)
                 outcomes[waiting["address"]] = Outcome.of(452 if code == 552 else code, text)
         if not taken:
             return None
-        code, text = client.docmd("DATA")
-        if code == 354:
-            with self.store.queued_message(entry["id"]) as file:
+        with self.store.queued_message(entry["id"]) as file:
+            code, text = client.docmd("DATA")
+            if code == 354:
                 for block in stuff(wire(file, READ_BLOCK)):
                     client.sock.sendall(block)
-            client.sock.sendall(b".\r\n")
-            code, text = client.getreply()
+                client.sock.sendall(b".\r\n")
+                code, text = client.getreply()
+            elif code // 100 == 2:  # out of step: nothing has been sent, so nothing can have been taken
+                code = 451
         outcomes.update(dict.fromkeys(taken, Outcome.of(code, text, dsn)))
         return None
 
@@ -1000,7 +1005,7 @@ class Relay:
                 self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])
                 self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
             told = [r for r in recipients if r["tell"]]
-            if told:
+            if told:  # first: if the disk is full, the message stays and is tried again
                 self.report(entry, told, remote_name(host[0]), f"{self.store.queue_folder}/{entry['id']}")
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
             if entry["recipients"]:
@@ -1038,7 +1043,7 @@ class Relay:
         sender = entry["sender"]
         if not sender:
             return
-        name = f"{entry['id']}{next(self.ids):X}"
+        name = f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(self.ids) & 0xFFF:03X}F"
         try:
             with open(path, "rb") as file:
                 original = file.read(MAX_RETURNED + 1)
@@ -1046,6 +1051,7 @@ class Relay:
             self.post(name, sender, text)
         except OSError as error:
             self.log.error("no report to <%s> about %s: %s", sender, entry["id"], error)
+            raise
 
     def post(self, name: str, recipient: str, text: bytes) -> None:
         """Send a message of our own, from the null sender: to a mailbox here, else along a route, else nowhere."""

@@ -26,6 +26,7 @@ import logging
 import os
 import re
 import socket
+import stat
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
 MAX_UID = 70  # octets, RFC 1939 7
 STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
+SCRYPT_TURN = threading.Semaphore(2)  # at a time: a crowd of guesses must not take all memory
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as shipped in users.txt
 
 log = logging.getLogger("store")
@@ -275,7 +277,8 @@ def scrypt(password: bytes, salt: bytes) -> bytes:
     """Return the hash that users.txt keeps in place of a password."""
     import hashlib
 
-    return hashlib.scrypt(password, salt=salt, maxmem=64 << 20, dklen=32, **SCRYPT)
+    with SCRYPT_TURN:
+        return hashlib.scrypt(password, salt=salt, maxmem=64 << 20, dklen=32, **SCRYPT)
 
 
 def hash_password(password: str) -> str:
@@ -479,6 +482,8 @@ class Store:
                         log.info("%s read again: %d accounts", self.users_path, len(self.loaded.accounts))
                     except (UsersError, OSError) as error:
                         log.error("%s (the accounts stay as they were)", error)
+                        if stamp is not None and isinstance(error, OSError):
+                            return self.loaded  # such as too many open files: it is read another time
                     self.users_seen = stamp
         return self.loaded
 
@@ -628,10 +633,14 @@ class Store:
         """Return one queued message's envelope, or None when it is gone (or is none of ours)."""
         try:
             with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
-                return json.load(file)
+                entry = json.load(file)
+            known = {key: type(entry[key]) for key in ("id", "sender", "arrived", "octets", "parameters", "recipients")}
+            if list(known.values()) != [str, str, float, int, dict, list] or entry["id"] != name:
+                raise ValueError("its fields are not those of a message")
+            return entry
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
             return None
 
@@ -749,6 +758,8 @@ class Maildrop:
             else:
                 try:
                     state = os.stat(self.path(name))
+                    if not stat.S_ISREG(state.st_mode):
+                        continue
                     stamp = (state.st_size, state.st_mtime_ns)
                     old = known.get(name)
                     size = old[1] if old and old[0] == stamp else self.wire_size(name, state.st_size)

@@ -397,7 +397,8 @@ class LineHandler(socketserver.BaseRequestHandler):
         self.flush()
         try:
             self.request.settimeout(min(HANDSHAKE, self.server.timeout))
-            self.request = self.server.tls.wrap_socket(self.request, server_side=True)
+            self.request = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+            self.request.do_handshake()
         except OSError as error:
             raise Disconnect(f"TLS: {error.strerror or error}") from None
         self.reader = LineReader(self.request, self.flush)
@@ -978,7 +979,9 @@ def announce(servers: list[LineServer], notice: str) -> None:
 
 
 def interrupt(*_):
-    """End the main thread's wait; it does nothing else, so no lock is held here."""
+    """End the main thread's wait; it does nothing else, so no lock is held here.  One signal is enough."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -993,8 +996,7 @@ def serve_here(servers: list[LineServer], parent: int | None = None) -> None:
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pass
     for server in servers:
         server.begin_stop()
     deadline = time.monotonic() + STOPPING
@@ -1036,8 +1038,7 @@ def supervise(servers: list[LineServer], processes: int) -> None:
             del children[pid]
             time.sleep(0.1)  # one that can't live must not keep us busy
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pass
     for pid in children:
         os.kill(pid, signal.SIGTERM)
     for pid in children:
@@ -1046,8 +1047,9 @@ def supervise(servers: list[LineServer], processes: int) -> None:
 
 def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -> int:
     """Fork a process that serves until it gets a signal or its parent is gone; return its id."""
-    if pid := os.fork():
-        return pid
+    with signals_held_back():  # an exception in the middle of a fork would be lost
+        if pid := os.fork():
+            return pid
     try:
         os.close(alive[1])
         hold_to_core(os.getppid() + index)

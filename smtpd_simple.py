@@ -1005,14 +1005,23 @@ class Relay:
                 self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])
                 self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
             told = [r for r in recipients if r["tell"]]
-            if told:  # first: if the disk is full, the message stays and is tried again
-                self.report(entry, told, remote_name(host[0]), f"{self.store.queue_folder}/{entry['id']}")
+            if told:
+                self.tell(entry, told, remote_name(host[0]))
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
             if entry["recipients"]:
                 self.store.save_envelope(entry)
-            else:
-                self.entries.pop(entry["id"], None)
+            else:  # it stays known until its file is gone: what can't be deleted must not be sent again
                 self.store.unqueue(entry["id"])
+                self.entries.pop(entry["id"], None)
+
+    def tell(self, entry: dict, recipients: list[dict], host: str) -> None:
+        """Report; a failure that can't be reported, since the disk is full, stays in the queue and comes up again."""
+        try:
+            self.report(entry, recipients, host, f"{self.store.queue_folder}/{entry['id']}")
+        except OSError:
+            for waiting in recipients:
+                if waiting["action"] == "failed":
+                    waiting.update(action="delayed", next=time.time() + self.first_pause)
 
     def summary(self, waiting: dict) -> str:
         return f"{waiting['action']} ({waiting['error']})"

@@ -980,8 +980,8 @@ def announce(servers: list[LineServer], notice: str) -> None:
 
 def interrupt(*_):
     """End the main thread's wait; it does nothing else, so no lock is held here.  One signal is enough."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains of a second one that is on its way
     raise KeyboardInterrupt
 
 

@@ -1064,14 +1064,16 @@ class Relay:
 
     def post(self, name: str, recipient: str, text: bytes) -> None:
         """Send a message of our own, from the null sender: to a mailbox here, else along a route, else nowhere."""
-        mailboxes = self.store.users.mailboxes(recipient)
+        users, domain = self.store.users, recipient.rpartition("@")[2]
+        elsewhere = self.has_route_of_its_own(domain) and not users.is_local(domain)  # as RCPT decides
+        mailboxes = [] if elsewhere else users.mailboxes(recipient)
         received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
         copies, entry = [], None
         for mailbox in mailboxes:
             head = f"Return-Path: <>\r\nDelivered-To: {mailbox}\r\n{received}"
             copies.append(Copy(self.store.mailbox(mailbox), head.encode()))
         if not mailboxes:
-            if not self.route(recipient.rpartition("@")[2]):
+            if not self.route(domain):
                 self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
                 return
             copies = [Copy(self.store.queue_folder, received.encode(), name)]

@@ -132,6 +132,16 @@ def test_a_signal_with_sessions_open(tmp_path, users, how):
     assert Store(tmp_path / "spool", users).messages("alice@example.test") == []
 
 
+@pytest.mark.parametrize("extra", [[], ["--processes", 2]])
+def test_two_signals_at_once(tmp_path, users, extra):
+    """As a terminal and a supervisor may send them: one is enough, and the second does no harm."""
+    with Program("--port", 0, *extra, cwd=tmp_path) as program:
+        program.process.send_signal(signal.SIGINT)
+        status, errors = program.stop()
+    assert status == 0
+    assert errors == ""
+
+
 def test_mail_survives_a_restart(tmp_path, users):
     for n in range(2):
         with Program("--port", 0, cwd=tmp_path) as program:

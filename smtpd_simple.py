@@ -159,6 +159,14 @@ class Newlines:
         return b"\r\n" if held else b""
 
 
+ids = itertools.count(1)
+
+
+def new_id() -> str:
+    """Return what a message is called in replies, log and queue: hexadecimal, and unique on this machine."""
+    return f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(ids) & 0xFFF:03X}"
+
+
 def mail_date(seconds: float) -> str:
     """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
     t = time.localtime(seconds)
@@ -222,7 +230,7 @@ class Arrival:
     def __init__(self, session: "SMTPHandler", envelope: Envelope):
         self.session, self.envelope = session, envelope
         self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
-        self.newlines, self.header, self.in_header = Newlines(), b"", True
+        self.newlines, self.header, self.in_header = Newlines(), bytearray(), True
         self.incoming = Incoming(session.server.store, session.copies(envelope))
 
     def add(self, block: bytes) -> None:
@@ -236,8 +244,9 @@ class Arrival:
         if self.refusal or not block:
             return
         if self.in_header:
+            seen = max(len(self.header) - 3, 0)  # an end that is cut begins here
             self.header += block
-            self.in_header = b"\r\n\r\n" not in self.header and len(self.header) < BLOCK
+            self.in_header = self.header.find(b"\r\n\r\n", seen) < 0 and len(self.header) < BLOCK
         try:
             self.incoming.write(block)
         except OSError as error:
@@ -301,7 +310,6 @@ class SMTPHandler(LineHandler):
         "initial": "501 5.7.0 CRAM-MD5 begins with our challenge: send AUTH CRAM-MD5",
         "wrong": "535 5.7.8 Wrong name or password",
     }
-    ids = itertools.count(1)
 
     def setup(self):
         super().setup()
@@ -416,8 +424,7 @@ class SMTPHandler(LineHandler):
             raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8")
         if int(parameters.get("SIZE") or 0) > self.server.size_limit:
             raise Refused(f"552 5.3.4 This server takes {self.server.size_limit} octets at most")
-        stamp = f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(self.ids) & 0xFFF:03X}"
-        self.envelope = Envelope(sender, parameters, stamp)
+        self.envelope = Envelope(sender, parameters, new_id())
         return f"250 2.1.0 Sender <{sender}> ok"
 
     def rcpt(self, argument):
@@ -783,7 +790,6 @@ class Relay:
         self.warn_after, self.timeout, self.hosts_at_once = warn_after, timeout, hosts_at_once
         self.entries, self.active, self.clients, self.thread, self.lock = {}, {}, set(), None, None
         self.guard, self.stopping = threading.RLock(), threading.Event()
-        self.ids = itertools.count(1)
         self.log = lineserver.logging.getLogger("relay")
 
     # ---- where mail goes
@@ -1052,7 +1058,7 @@ class Relay:
         sender = entry["sender"]
         if not sender:
             return
-        name = f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(self.ids) & 0xFFF:03X}F"
+        name = new_id()
         try:
             with open(path, "rb") as file:
                 original = file.read(MAX_RETURNED + 1)

@@ -45,6 +45,7 @@ SEND_BLOCK = 1 << 18  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
 
 KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs there
+ENDING = {signal.SIGINT, signal.SIGTERM}
 SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -256,6 +257,8 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def converse(self):
         self.log("connected from %s", show_address(*self.peer))
+        if self.server.stopping.is_set():  # it came too late for begin_stop()
+            raise Disconnect
         if self.server.implicit_tls:
             self.start_tls()
         self.reply(self.intercepted("CONNECT", "") or self.greeting())
@@ -752,6 +755,8 @@ def tls_context(cert: str, key: str | None):
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A connection that ends without a close_notify has ended, and begin_stop() ends reading so: it may still be told.
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(cert, key)
     except ssl.SSLError as error:
@@ -948,18 +953,14 @@ def listen(make, address: tuple[str, int], *args, **options):
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
     log_to_stderr()
-    signal.signal(signal.SIGINT, interrupt)  # even where a shell has told us to ignore it
-    signal.signal(signal.SIGTERM, interrupt)
+    hold_signals()
     threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
-    try:
-        announce(servers, notice)
-        if processes == 1:
-            hold_to_core(os.getpid())
-            serve_here(servers)
-        else:
-            supervise(servers, processes)
-    except KeyboardInterrupt:  # before it has quite begun
-        pass
+    announce(servers, notice)
+    if processes == 1:
+        hold_to_core(os.getpid())
+        serve_here(servers)
+    else:
+        supervise(servers, processes)
     return 0
 
 
@@ -978,44 +979,39 @@ def announce(servers: list[LineServer], notice: str) -> None:
     print(notice, flush=True)
 
 
-def interrupt(*_):
-    """End the main thread's wait; it does nothing else, so no lock is held here.  One signal is enough."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN: Python complains of a second one that is on its way
-    raise KeyboardInterrupt
+def hold_signals() -> None:
+    """Let the signals that wait_for_signal() knows wait for it, in all threads and processes that are started later.
+
+    A handler would be too late for one that comes between a look and a wait, and its exception could come anywhere.
+    """
+    if hasattr(signal, "sigwait"):
+        for number in (*ENDING, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # one that a shell has told us to ignore would not even wait
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, signal.SIGCHLD))
+
+
+def wait_for_signal(numbers) -> int:
+    """Return the first of some signals that comes."""
+    if hasattr(signal, "sigwait"):
+        return signal.sigwait(numbers)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
+    return signal.SIGINT
 
 
 def serve_here(servers: list[LineServer], parent: int | None = None) -> None:
     """Serve in this process until a signal comes, or until `parent`, a pipe to another process, is closed."""
-    try:
-        with signals_held_back():
-            if parent is not None:
-                threading.Thread(target=follow, args=(parent,), daemon=True).start()
-            for server in servers:
-                server.start()
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        pass
+    if parent is not None:
+        threading.Thread(target=follow, args=(parent,), daemon=True).start()
+    for server in servers:
+        server.start()
+    wait_for_signal(ENDING)
     for server in servers:
         server.begin_stop()
     deadline = time.monotonic() + STOPPING
     for server in servers:
         server.server_close(max(deadline - time.monotonic(), 0.1))
-
-
-@contextlib.contextmanager
-def signals_held_back():
-    """Threads that are started here, and by those, never get the signals that end us: one that gets them would leave
-    the main thread asleep."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def hold_to_core(number: int) -> None:
@@ -1029,16 +1025,18 @@ def hold_to_core(number: int) -> None:
 def supervise(servers: list[LineServer], processes: int) -> None:
     """Keep `processes` copies of this process serving the same listeners; start again what dies."""
     alive, children = os.pipe(), {}
-    try:
-        while True:
-            for index in set(range(processes)) - set(children.values()):
-                children[start_child(servers, index, alive)] = index
-            pid, status = os.wait()
-            logging.error("process %d ended (%d), another takes its place", pid, os.waitstatus_to_exitcode(status))
-            del children[pid]
-            time.sleep(0.1)  # one that can't live must not keep us busy
-    except KeyboardInterrupt:
-        pass
+    while True:
+        for index in set(range(processes)) - set(children.values()):
+            children[start_child(servers, index, alive)] = index
+        if wait_for_signal({*ENDING, signal.SIGCHLD}) in ENDING:
+            break
+        for pid in list(children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                logging.error("process %d ended (%d), another takes its place", pid, code)
+                del children[pid]
+        time.sleep(0.1)  # one that can't live must not keep us busy
     for pid in children:
         os.kill(pid, signal.SIGTERM)
     for pid in children:
@@ -1047,9 +1045,8 @@ def supervise(servers: list[LineServer], processes: int) -> None:
 
 def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -> int:
     """Fork a process that serves until it gets a signal or its parent is gone; return its id."""
-    with signals_held_back():  # an exception in the middle of a fork would be lost
-        if pid := os.fork():
-            return pid
+    if pid := os.fork():
+        return pid
     try:
         os.close(alive[1])
         hold_to_core(os.getppid() + index)

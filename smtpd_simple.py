@@ -30,7 +30,18 @@ import time
 from typing import NamedTuple
 
 import lineserver
-from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, is_loopback, printable, show_address, stuff
+from lineserver import (
+    Disconnect,
+    LineHandler,
+    LineReader,
+    LineServer,
+    Quit,
+    Refused,
+    is_loopback,
+    printable,
+    show_address,
+    stuff,
+)
 from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, Copy, Incoming, Store, users_file, wire
 
 __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
@@ -40,6 +51,7 @@ MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 wants loops found at no fewer than 100 or so, we meet shorter ways
 READ_BLOCK = 1 << 18  # octets of a message that are read at once
 MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
+MAX_REPLY_LINES = 200  # of a next host's reply; EHLO's are the longest
 
 # RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII.  The classes say what is not in them: ranges of Unicode take
 # a tenth of a second to compile.  Surrogates, which stand for octets that are not UTF-8, fail isprintable() later.
@@ -262,7 +274,7 @@ class Arrival:
         session, envelope = self.session, self.envelope
         self.put(self.newlines.end())
         session.trace_data("C", self.header, self.octets)
-        if self.newlines.bare:
+        if self.newlines.bare and not session.bare_lf:
             session.log("%s: %d bare CR or LF made CRLF", envelope.id, self.newlines.bare)
         if count_hops(self.header.partition(b"\r\n\r\n")[0]) >= MAX_HOPS:
             self.refuse(f"554 5.4.6 The message has come through {MAX_HOPS} hosts: a loop")
@@ -459,14 +471,12 @@ class SMTPHandler(LineHandler):
 
     def resolve(self, address):
         """Return the mailboxes that an address reaches; none means that it goes on to another host."""
-        users, relay, domain = self.server.store.users, self.server.relay, address.rpartition("@")[2]
+        relay, domain = self.server.relay, address.rpartition("@")[2]
         if address.lower() == f"postmaster@{self.server.hostname.lower()}":  # whom our reports are from
             address = "postmaster"
-        local = "@" not in address or users.is_local(domain)
-        mailboxes = users.mailboxes(address) if local or not relay.has_route_of_its_own(domain) else []
-        if mailboxes:
+        if mailboxes := relay.mailboxes(address):
             return mailboxes
-        if local:
+        if "@" not in address or relay.store.users.is_local(domain):
             raise Refused(f"550 5.1.1 <{address}>: nobody of that name here")
         if not self.user:
             raise Refused(f"550 5.7.1 <{address}>: not a mailbox here; log in (AUTH) to send mail elsewhere")
@@ -490,7 +500,7 @@ class SMTPHandler(LineHandler):
         arrival = self.envelope.arrival = Arrival(self, self.envelope)
         self.reply("354 Send the message; a line with only a dot ends it")
         try:
-            for block in self.content():
+            for block in self.lines() if self.bare_lf else self.content():
                 arrival.add(block)
             return arrival.finish()
         finally:
@@ -498,10 +508,8 @@ class SMTPHandler(LineHandler):
 
     def content(self):
         """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
-        newlines, rest, started = Newlines() if self.bare_lf else None, b"\r\n", False
+        rest, started = b"\r\n", False
         for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
-            if newlines:  # a person with netcat: LF ends lines, see README
-                block = newlines.feed(block)
             content, rest, ended = unstuff(rest + block)
             if content:
                 yield content if started else content[2:]
@@ -509,6 +517,13 @@ class SMTPHandler(LineHandler):
             if ended:
                 break
         self.reader.buffer[:0] = rest
+
+    def lines(self):
+        """Yield the same from a person with netcat, where LF ends lines; see README."""
+        start = True
+        while (line := self.reader.readline(READ_BLOCK, self.server.timeout)) not in (b".\n", b".\r\n") or not start:
+            yield line[1:] if start and line.startswith(b".") else line
+            start = line.endswith(b"\n")
 
     def bdat(self, argument):
         """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""
@@ -600,7 +615,8 @@ class SMTPHandler(LineHandler):
             except Exception:
                 self.logger.exception("%s on_message", self.tag())
         done = [r for r in envelope.accepted if r.mailboxes and r.wants("SUCCESS")]
-        if done and envelope.sender:
+        # Nothing leaves the machine for somebody who has not logged in: a sender's address proves nothing.
+        if done and (self.user or server.relay.mailboxes(envelope.sender)):
             entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
             for recipient in entry["recipients"]:
                 recipient.update(action="delivered", status="2.0.0", error="")
@@ -754,9 +770,10 @@ class Outcome(NamedTuple):
     def of(cls, code: int, text: bytes, dsn: bool = False) -> "Outcome":
         """Take a reply of the next host."""
         said = printable(b" ".join(text.split()).decode("utf-8", "replace"))[:400]
-        status = re.match(r"[245]\.[0-9]{1,3}\.[0-9]{1,3}\b", said)
         action = {2: "relayed", 5: "failed"}.get(code // 100, "delayed")
-        return cls(action, status[0] if status else f"{min(max(code // 100, 4), 5)}.0.0", f"{code} {said}", dsn)
+        kind = {"relayed": 2, "failed": 5, "delayed": 4}[action]
+        status = re.match(rf"{kind}\.[0-9]{{1,3}}\.[0-9]{{1,3}}\b", said)
+        return cls(action, status[0] if status else f"{kind}.0.0", f"{code} {said}", dsn)
 
 
 class Relay:
@@ -794,9 +811,11 @@ class Relay:
 
     # ---- where mail goes
 
-    def has_route_of_its_own(self, domain: str) -> bool:
-        """Say whether a domain has a route to itself."""
-        return domain.lower() in self.routes
+    def mailboxes(self, address: str) -> list[str]:
+        """Return the mailboxes here that mail for an address reaches; a route of its own beats a catch-all."""
+        users, domain = self.store.users, address.rpartition("@")[2]
+        elsewhere = domain.lower() in self.routes and not users.is_local(domain)
+        return [] if elsewhere else users.mailboxes(address)
 
     def route(self, domain: str) -> tuple[str, int] | None:
         """Return the next host for a domain, the more exact route first, or None."""
@@ -818,8 +837,8 @@ class Relay:
     # ---- the worker
 
     def start(self) -> None:
-        """Work on the queue in a thread, if there is any route."""
-        if self.thread is None and (self.default or self.routes):
+        """Work on the queue in a thread, if there is any route, or mail from when there was one."""
+        if self.thread is None and (self.default or self.routes or self.store.queue_names()):
             self.thread = threading.Thread(target=self.work, daemon=True, name="relay")
             self.thread.start()
 
@@ -873,7 +892,7 @@ class Relay:
             for entry in sorted(self.entries.values(), key=lambda entry: entry["arrived"]):
                 for waiting in entry["recipients"]:
                     host = self.route(domain_of(waiting))
-                    if host is None or host in self.active:
+                    if host in self.active:
                         continue
                     if waiting["next"] > now:
                         soonest = min(soonest, waiting["next"] - now)
@@ -886,9 +905,12 @@ class Relay:
                     thread.start()
         return soonest
 
-    def serve_host(self, host: tuple[str, int], messages: dict[str, list[dict]]) -> None:
-        """Try everything that is due for one host; when it is down, the rest waits without a try of its own."""
-        down = None
+    def serve_host(self, host: tuple[str, int] | None, messages: dict[str, list[dict]]) -> None:
+        """Try everything that is due for one host; when it is down, the rest waits without a try of its own.
+
+        None is the host of what has lost its route: that waits for the route to come back, or for its end.
+        """
+        down = None if host else Outcome("delayed", "4.4.4", "no route leads there any more")
         try:
             for name, recipients in messages.items():
                 entry = self.entries.get(name)
@@ -899,7 +921,7 @@ class Relay:
                 elif entry:
                     self.settle(host, entry, recipients, dict.fromkeys(addresses(recipients), down))
         except Exception:
-            self.log.exception("relay to %s", show_address(*host))
+            self.log.exception("relay to %s", host)
             self.stopping.wait(1)
         finally:
             del self.active[host]
@@ -924,20 +946,19 @@ class Relay:
                 self.leave(client)
 
     def connect(self, host: tuple[str, int], tls: bool = True):
-        """Return a client that has said EHLO, over TLS when the host offers it; no certificate is asked to prove
-        anything (RFC 7435: better than clear text, and there is nobody to ask)."""
+        """Return a client that has said EHLO, over TLS when the host offers it."""
         import smtplib
         import ssl
 
-        client = smtplib.SMTP(*host, local_hostname=self.hostname, timeout=self.timeout)
+        class Client(smtplib.SMTP):
+            getreply = read_reply
+
+        client = Client(*host, local_hostname=self.hostname, timeout=self.timeout)
         self.clients.add(client)
         try:
             client.ehlo_or_helo_if_needed()
             if tls and client.has_extn("starttls"):
-                context = ssl.create_default_context()
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                client.starttls(context=context)
-                client.ehlo()
+                self.encrypt(client, host)
         except ssl.SSLError as error:
             self.log.warning("relay to %s: in clear, since TLS failed: %s", show_address(*host), error)
             self.drop(client)
@@ -946,6 +967,21 @@ class Relay:
             self.drop(client)
             raise
         return client
+
+    def encrypt(self, client, host: tuple[str, int]) -> None:
+        """Start TLS; no certificate is asked to prove anything (RFC 7435: better than clear text, and there is nobody
+        to ask)."""
+        import smtplib
+        import ssl
+
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            client.starttls(context=context)
+        except smtplib.SMTPResponseException as error:  # not now: RFC 3207 4 leaves it to us to go on without
+            self.log.warning("relay to %s: in clear: %s", show_address(*host), error)
+        else:
+            client.ehlo()
 
     def leave(self, client) -> None:
         import smtplib
@@ -1006,13 +1042,13 @@ class Relay:
         with self.guard:
             if self.store.envelope(entry["id"]) is None:
                 return  # somebody has taken it out of the queue meanwhile
-            now, where = time.time(), show_address(*host)
+            now, where = time.time(), show_address(*host) if host else "nowhere"
             for waiting in recipients:
                 self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])
                 self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
             told = [r for r in recipients if r["tell"]]
             if told:
-                self.tell(entry, told, remote_name(host[0]))
+                self.tell(entry, told, remote_name(host[0]) if host else "")
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
             if entry["recipients"]:
                 self.store.save_envelope(entry)
@@ -1070,16 +1106,14 @@ class Relay:
 
     def post(self, name: str, recipient: str, text: bytes) -> None:
         """Send a message of our own, from the null sender: to a mailbox here, else along a route, else nowhere."""
-        users, domain = self.store.users, recipient.rpartition("@")[2]
-        elsewhere = self.has_route_of_its_own(domain) and not users.is_local(domain)  # as RCPT decides
-        mailboxes = [] if elsewhere else users.mailboxes(recipient)
+        mailboxes = self.mailboxes(recipient)
         received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
         copies, entry = [], None
         for mailbox in mailboxes:
             head = f"Return-Path: <>\r\nDelivered-To: {mailbox}\r\n{received}"
             copies.append(Copy(self.store.mailbox(mailbox), head.encode()))
         if not mailboxes:
-            if not self.route(domain):
+            if not self.route(recipient.rpartition("@")[2]):
                 self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
                 return
             copies = [Copy(self.store.queue_folder, received.encode(), name)]
@@ -1092,6 +1126,27 @@ class Relay:
         finally:
             incoming.close()
         self.log.info("report %s to <%s>", name, recipient)
+
+
+def read_reply(client) -> tuple[int, bytes]:
+    """Read a reply for an smtplib.SMTP, whose own getreply() has no end while lines come; return code and text.
+
+    Raises OSError: the next host is gone, is too slow, or says what is no reply.
+    """
+    reader, deadline, text = LineReader(client.sock, lambda: None), time.monotonic() + client.timeout, []
+    try:
+        while len(text) < MAX_REPLY_LINES:
+            line = reader.readline(lineserver.MAX_LINE, deadline - time.monotonic())
+            if not (match := re.fullmatch(rb"([2-5][0-9]{2})(?:([ -])(.*))?\s*", line, re.DOTALL)):
+                break
+            text.append((match[3] or b"").strip())
+            if match[2] != b"-":
+                return int(match[1]), b"\n".join(text)
+    except TimeoutError:
+        raise TimeoutError("timed out") from None
+    except Disconnect as error:
+        raise ConnectionError(str(error)) from None
+    raise ConnectionError("an endless reply" if len(text) == MAX_REPLY_LINES else "no reply to understand")
 
 
 def addresses(recipients: list[dict]) -> list[str]:

@@ -446,7 +446,7 @@ class Store:
         self.host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
         self.queue_folder = f"{self.folder}/queue"
         self.arrived, self.queue_changed = threading.Condition(), threading.Event()
-        self.users_lock = threading.Lock()
+        self.users_lock, self.damaged = threading.Lock(), set()
         self.users_path = self.users_seen = None
         if isinstance(users, str | os.PathLike):
             self.users_path = os.fspath(users)
@@ -641,7 +641,9 @@ class Store:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-            log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
+            if name not in self.damaged:  # once, the relay asks each second
+                log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
+                self.damaged.add(name)
             return None
 
     def queued_message(self, name: str):
@@ -741,7 +743,10 @@ class Maildrop:
     def take_snapshot(self) -> None:
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
         self.seen = set(cur)
-        names = sorted(new + cur) if cur else sorted(new)
+        if cur:  # what another program moves while we look is in both
+            bases = {name.partition(":")[0] for name in cur}
+            new = [name for name in new if name.partition(":")[0] not in bases]
+        names = sorted(new + cur)
         text = "\n".join(names)
         sizes = WIRE_SIZE.findall(text)
         if len(sizes) == len(names) == text.count("\n") + bool(names):

@@ -39,6 +39,8 @@ def run(*argv, text=None, **options):
     if not shutil.which(argv[0]):
         pytest.skip(f"{argv[0]} is not installed")
     result = subprocess.run(list(map(str, argv)), input=text, capture_output=True, text=True, timeout=30, **options)
+    if "TLS not available" in result.stderr:
+        pytest.skip(f"{argv[0]}: {result.stderr.strip()}")
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -183,3 +183,13 @@ def test_quit_says_what_could_not_be_deleted(pop3, store, three, monkeypatch):
     client.close()
     monkeypatch.undo()
     assert len(store.messages("alice@example.test")) == 3
+
+
+def test_a_message_that_is_moved_while_we_look_is_there_once(pop3, store, three):
+    """Another program renames it from new/ to cur/ between our two looks."""
+    old = store.paths("alice@example.test")[1]
+    os.link(old, old.replace("/new/", "/cur/") + ":2,S")
+    client = login(pop3)
+    assert len(client.uidl()[1]) == 3
+    assert sorted(line.split()[0] for line in client.list()[1]) == [b"1", b"2", b"3"]
+    client.quit()

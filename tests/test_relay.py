@@ -8,13 +8,14 @@ import smtplib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import FAST, ROOT, Program
 from conversation import Line, play
 
-from smtpd_simple import Disconnect, Relay, SMTPServer
+from smtpd_simple import Disconnect, Outcome, Relay, SMTPServer, read_reply
 from store import Store
 
 PLAIN = "AGFsaWNlQGEuZXhhbXBsZQB3b25kZXJsYW5k"  # alice@a.example, wonderland
@@ -241,8 +242,6 @@ def test_it_gives_up_at_the_end(stores):
 
 def test_pauses_grow():
     relay = Relay(None, "x", "y", first_pause=60, longest_pause=4 * 3600)
-    from smtpd_simple import Outcome
-
     waiting = {"address": "x@y", "notify": None, "attempts": 0, "next": 0, "error": "", "warned": False}
     pauses = []
     for _ in range(10):
@@ -312,6 +311,83 @@ def test_in_clear_when_its_tls_is_broken(stores, certificate):
         [message] = stores[1].wait("bob@b.example", timeout=10)
         assert empty(stores[0])
     assert "with ESMTP id" in " ".join(message["Received"].split())
+
+
+def test_in_clear_when_it_refuses_tls_for_now(stores, certificate):
+    hook = Intercept(STARTTLS=["454 4.7.0 not now"])
+    tls = {"tls_cert": certificate[0], "tls_key": certificate[1], "intercept": hook}
+    with pair(stores, b_options=tls) as (a, _):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert [verb for verb, _ in hook.seen].count("CONNECT") == 1
+
+
+REPLIES = {
+    b"250 2.1.0 ok\r\n": (250, b"2.1.0 ok"),
+    b"250-one\r\n250-two\r\n250 three\r\n": (250, b"one\ntwo\nthree"),
+    b"250\r\n": (250, b""),
+    b"250-one\n250 two\n": (250, b"one\ntwo"),
+    b"": ConnectionError,
+    b"250-one\r\n": ConnectionError,
+    b"hello\r\n": ConnectionError,
+    b"700 what\r\n": ConnectionError,
+    b"250-" + b"x" * 5000 + b"\r\n250 ok\r\n": ConnectionError,
+    b"250-for ever\r\n" * 1000: ConnectionError,
+}
+
+
+@pytest.mark.parametrize("said", REPLIES, ids=lambda said: repr(said[:20]))
+def test_a_next_hosts_reply_has_an_end(said):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        client = smtplib.SMTP(timeout=5)
+        client.sock = ours
+        if isinstance(REPLIES[said], tuple):
+            assert read_reply(client) == REPLIES[said]
+        else:
+            with pytest.raises(REPLIES[said]):
+                read_reply(client)
+
+
+def test_a_next_hosts_reply_has_a_deadline():
+    """For all of it: one that says a word now and then does not hold the relay."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = smtplib.SMTP(timeout=0.3)
+        client.sock = ours
+        done = threading.Event()
+
+        def dawdle():
+            while not done.wait(0.1):
+                theirs.sendall(b"2")
+
+        thread = threading.Thread(target=dawdle)
+        thread.start()
+        try:
+            with pytest.raises(TimeoutError):
+                read_reply(client)
+        finally:
+            done.set()
+            thread.join()
+
+
+OUTCOMES = {
+    (250, b"2.0.0 Ok"): ("relayed", "2.0.0"),
+    (250, b"Ok"): ("relayed", "2.0.0"),
+    (451, b"4.3.0 later"): ("delayed", "4.3.0"),
+    (550, b"5.1.1 nobody"): ("failed", "5.1.1"),
+    (550, b"2.1.0 says one thing and means another"): ("failed", "5.0.0"),
+    (354, b"what?"): ("delayed", "4.0.0"),
+}
+
+
+@pytest.mark.parametrize("reply", OUTCOMES)
+def test_outcomes(reply):
+    outcome = Outcome.of(*reply)
+    assert (outcome.action, outcome.status) == OUTCOMES[reply]
 
 
 def test_a_route_that_leads_back_to_ourselves(stores):
@@ -450,12 +526,29 @@ def test_one_process_works_on_the_queue(stores):
     os.close(fd)
 
 
-def test_a_damaged_envelope_harms_nobody(stores):
+def test_a_damaged_envelope_harms_nobody(stores, caplog):
     with open(f"{stores[0].queue_folder}/AAAA.json", "w") as file:
         file.write("{")
     with pair(stores) as (a, _):
+        for n in range(1, 4):
+            send(a, ["bob@b.example"])
+            stores[1].wait("bob@b.example", n)
+    assert caplog.text.count("AAAA.json: not an envelope") == 1
+
+
+def test_mail_that_has_lost_its_route_comes_back_in_the_end(stores):
+    options = {"hostname": "a.example", "relay_options": {"first_pause": 60}}
+    with SMTPServer(("127.0.0.1", 0), stores[0], route=["b.example=127.0.0.1:1"], **options) as a:
         send(a, ["bob@b.example"])
-        stores[1].wait("bob@b.example")
+    [entry] = stores[0].queued()
+    entry["recipients"][0]["next"] = 0.0
+    stores[0].save_envelope(entry)
+    options["relay_options"] = {"lifetime": 0}
+    with SMTPServer(("127.0.0.1", 0), stores[0], **options):
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Status"] == "5.4.7"
+    assert "no route" in report.as_string()
 
 
 def test_a_message_taken_out_of_the_queue_while_it_is_tried(stores, caplog):

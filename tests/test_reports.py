@@ -166,3 +166,16 @@ def test_unxtext(text, wanted):
 def test_escape_address():
     assert escape_address("a@b") == "a@b"
     assert escape_address("é@b") == "\\x{E9}@b"
+
+
+def test_success_is_told_elsewhere_only_for_those_who_have_logged_in(stores):
+    """A sender's address proves nothing: whoever writes b's there must not make us write to b."""
+    with pair(stores) as (a, _):
+        for login in (False, True):
+            with smtplib.SMTP(a.host, a.port) as client:
+                if login:
+                    client.login("alice", "wonderland")
+                client.sendmail("bob@b.example", ["anna@a.example"], CONTENT, [], ["NOTIFY=SUCCESS"])
+            assert len(stores[0].queued()) + len(stores[1].messages("bob@b.example")) == login
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])

@@ -28,6 +28,18 @@ def test_pop3(store, tls, name):
         play(pop3, POP3[name], name)
 
 
+def test_an_idle_session_hears_that_the_server_stops(store, tls):
+    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp:
+        client = Line(smtp.host, smtp.port)
+        client.reply()
+        client.ask("EHLO client.test")
+        client.ask("STARTTLS")
+        client.start_tls()
+        client.ask("EHLO client.test")
+    assert client.readline().startswith("421 4.3.2")
+    client.close()
+
+
 def test_no_certificate_no_tls(smtp, pop3):
     play(smtp, START + "C: STARTTLS\nS: 502 5.5.1 *\nC: NOOP\nS: 250 *")
     play(pop3, "S: +OK*\nC: STLS\nS: -ERR *\nC: CAPA\nS: +OK*\n...\nS: .")

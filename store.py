@@ -671,19 +671,22 @@ class Store:
 
     def request_start(self, node: str) -> None:
         """Ask whoever works on the queue to try a host or domain (`#` for all) now."""
-        with open(f"{self.queue_folder}/start", "a", encoding="utf-8") as file:
-            file.write(f"{node}\n")
+        name = f"{time.time_ns()}.{os.getpid()}.{next(counter)}.start"
+        with open(f"{self.queue_folder}/tmp/{name}", "w", encoding="utf-8") as file:
+            file.write(node)
+        os.rename(file.name, f"{self.queue_folder}/{name}")  # nobody may see it before it is written
         self.queue_changed.set()
 
     def start_requests(self) -> list[str]:
         """Return, once, what `request_start` has been called with."""
-        taken = f"{self.queue_folder}/tmp/start"
-        try:
-            os.replace(f"{self.queue_folder}/start", taken)
-        except FileNotFoundError:
-            return []
-        with open(taken, encoding="utf-8") as file:
-            return file.read().split()
+        nodes = []
+        for name in listing(self.queue_folder):
+            if name.endswith(".start"):
+                path = f"{self.queue_folder}/{name}"
+                with open(path, encoding="utf-8") as file:
+                    nodes.append(file.read())
+                os.unlink(path)
+        return nodes
 
 
 def listing(folder: str) -> list[str]:

@@ -462,6 +462,16 @@ def test_etrn_says_when_it_cannot(stores, monkeypatch):
         monkeypatch.undo()
 
 
+def test_no_request_to_start_is_lost(stores):
+    """Not even one that is made while the worker looks for such requests."""
+    wanted, seen = [f"{n}.example" for n in range(500)], []
+    thread = threading.Thread(target=lambda: [stores[0].request_start(node) for node in wanted])
+    thread.start()
+    while thread.is_alive():
+        seen += stores[0].start_requests()
+    assert sorted(seen + stores[0].start_requests()) == sorted(wanted)
+
+
 # ---- the queue on disk
 
 

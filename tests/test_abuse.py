@@ -14,6 +14,7 @@ from conversation import Line
 from lineserver import Guesses, LineServer, printable
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
+from store import Maildrop
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc here")
 
@@ -108,6 +109,61 @@ def test_a_line_has_a_deadline_not_each_octet(store, drip):
         assert answer.startswith(b"421 4.4.2")
 
 
+TO_ALICE = "EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<alice@example.test>\r\n"
+SILENT_SMTP = {
+    "after the greeting": "",
+    "in a line": "EHL",
+    "after EHLO": "EHLO x\r\n",
+    "after MAIL": "EHLO x\r\nMAIL FROM:<>\r\n",
+    "after RCPT": TO_ALICE,
+    "after DATA": TO_ALICE + "DATA\r\n",
+    "in a message": TO_ALICE + "DATA\r\nSubject: x\r\n\r\nha",
+    "before the last LF": TO_ALICE + "DATA\r\nSubject: x\r\n\r\n.\r",
+    "in a large message": TO_ALICE + "DATA\r\n" + "0123456789abcde\r\n" * 100_000,
+    "in a chunk": TO_ALICE + "BDAT 100\r\nSubject: x\r\n",
+    "between chunks": TO_ALICE + "BDAT 3\r\nabc",
+    "in a login": "EHLO x\r\nAUTH LOGIN\r\n",
+}
+SILENT_POP3 = {
+    "after the greeting": "",
+    "after USER": "USER alice\r\n",
+    "in a login": "AUTH LOGIN\r\n",
+    "with a maildrop": "USER alice\r\nPASS wonderland\r\n",
+    "with marks": "USER alice\r\nPASS wonderland\r\nDELE 1\r\n",
+}
+
+
+@pytest.mark.parametrize("step", SILENT_SMTP)
+def test_a_client_that_falls_silent(store, step):
+    """At whatever step: it hears 421, and nothing of it stays, neither a session nor a file."""
+    with SMTPServer(("127.0.0.1", 0), store, timeout=0.3) as smtp:
+        with Line(smtp.host, smtp.port) as client:
+            client.send(SILENT_SMTP[step])
+            assert b"\r\n421 4.4.2 " in client.file.read()
+        nothing_of_it_stays(smtp, store)
+
+
+@pytest.mark.parametrize("step", SILENT_POP3)
+def test_a_pop3_client_that_falls_silent(store, deliver, step):
+    """The same without a word; the message that it marked is there, and the mailbox is free."""
+    deliver(b"Subject: x\r\n\r\n")
+    with POP3Server(("127.0.0.1", 0), store, timeout=0.3) as pop3:
+        with Line(pop3.host, pop3.port) as client:
+            client.send(SILENT_POP3[step])
+            assert client.file.read().rsplit(b"\r\n", 2)[-2][:1] == b"+"
+        nothing_of_it_stays(pop3, store)
+        Maildrop(store, "alice@example.test").close()
+    assert len(store.messages("alice@example.test")) == 1
+
+
+def nothing_of_it_stays(server, store):
+    deadline = time.monotonic() + 5
+    while server.sessions or server.busy or server.by_address:
+        assert time.monotonic() < deadline
+    folder = f"{store.mailbox('alice@example.test')}/tmp"
+    assert not os.path.exists(folder) or os.listdir(folder) == []
+
+
 def test_a_flood_gets_an_answer_and_no_thread(store):
     with SMTPServer(("127.0.0.1", 0), store, max_connections=10, max_per_address=10) as smtp:
         clients = [Line(smtp.host, smtp.port) for _ in range(100)]
@@ -117,8 +173,7 @@ def test_a_flood_gets_an_answer_and_no_thread(store):
         assert len(smtp.threads) <= 11
         for client in clients:
             client.close()
-        while smtp.busy:
-            pass
+        nothing_of_it_stays(smtp, store)
         assert send(smtp).startswith("250")
 
 

@@ -17,6 +17,7 @@ straight code, and a thread that has finished takes the next connection.
 import binascii
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -262,15 +263,9 @@ class LineHandler(socketserver.BaseRequestHandler):
         if self.server.implicit_tls:
             self.start_tls()
         self.reply(self.intercepted("CONNECT", "") or self.greeting())
-        while True:
-            reply = self.step()
-            self.reply(reply)
-            if not isinstance(reply, str) or not reply.startswith(self.error):
-                self.errors = 0
-            elif (errors := self.errors + 1) >= MAX_ERRORS:
-                raise Disconnect("too many errors", self.replies["errors"])
-            else:
-                self.errors = errors
+        while self.errors < MAX_ERRORS:
+            self.reply(self.step())
+        raise Disconnect("too many errors", self.replies["errors"])
 
     def step(self):
         """Read one command and return its reply."""
@@ -280,7 +275,7 @@ class LineHandler(socketserver.BaseRequestHandler):
             verb = verb.upper()
             if verb not in self.verbatim:
                 argument = argument.strip(" \t")
-            reply = self.intercepted(verb, argument)
+            reply = self.intercepted(verb, argument) if self.server.intercept else None
             reply = self.command(verb, argument) if reply is None else reply
         except Refused as refusal:
             reply = str(refusal)
@@ -289,7 +284,10 @@ class LineHandler(socketserver.BaseRequestHandler):
         except OSError as error:  # sockets raise Disconnect, so this is the disk
             self.logger.error("%s %s: %s", self.tag(), verb, error)
             reply = self.store_failed(error)
-        if isinstance(reply, str) and reply.startswith(self.error):
+        if not isinstance(reply, str) or not reply.startswith(self.error):
+            self.errors = 0
+        else:
+            self.errors += 1
             self.log("refused %s: %s", verb if verb in self.commands else "what is no command", reply)
         return reply
 
@@ -334,11 +332,11 @@ class LineHandler(socketserver.BaseRequestHandler):
         """Queue a reply; it is sent when the session is about to wait."""
         if reply is None:
             return
-        lines = [reply] if isinstance(reply, str) else reply
         if self.server.trace:
-            for line in lines:
+            for line in [reply] if isinstance(reply, str) else reply:
                 self.trace("S", line)
-        self.write("".join([line + "\r\n" for line in lines]).encode("utf-8", "replace"))
+        text = f"{reply}\r\n" if isinstance(reply, str) else "\r\n".join([*reply, ""])
+        self.write(text.encode("utf-8", "replace"))
 
     def write(self, data: bytes) -> None:
         """Queue octets as they are; what is waiting is sent when it grows large."""
@@ -501,7 +499,7 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def log(self, text: str, *values) -> None:
         """Log one fact about this session."""
-        self.logger.info(f"{self.protocol} {self.number} {text}", *values)
+        self.server.log(f"{self.protocol} {self.number} {text}", *values)
 
     def trace(self, direction: str, text: str) -> None:
         """Show one line of the dialogue, if anybody watches."""
@@ -582,6 +580,7 @@ class LineServer(socketserver.ThreadingTCPServer):
     ):
         self.store, self.hostname = store, hostname or own_name()
         self.logger = logging.getLogger(handler.protocol.lower())
+        self.log = self.logger.info  # takes each fact about a session
         if tls_self_signed:
             tls_cert, tls_key = self_signed(store.folder, self.hostname)
         self.tls = tls_context(tls_cert, tls_key) if tls_cert else None
@@ -900,31 +899,32 @@ def shared_options(args) -> dict:
 
 
 class StderrLog(logging.Handler):
-    """Writes time and message: a line per fact, three of them per session, so that they must cost little."""
-
-    second, stamp = 0, ""
-
-    def handle(self, record):
-        """Write without the handler's lock: a line is one write, threads that queued here would cost more."""
-        self.emit(record)
-        return record
+    """Writes time and message to stderr, each line in one write."""
 
     def emit(self, record):
-        if int(record.created) != self.second:
-            self.second = int(record.created)
-            self.stamp = time.strftime("%H:%M:%S", time.localtime(self.second))
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self.line(text)
+
+    def line(self, text: str, *values) -> None:
+        """Write one line, as `Logger.info` would: sessions log here, three facts each, since a LogRecord for each and
+        its way through `logging` would cost as much as a third of a POP3 session."""
         with contextlib.suppress(OSError):  # nobody reads it any more
-            os.write(2, f"{self.stamp} {text}\n".encode("utf-8", "replace"))
+            os.write(2, f"{clock(int(time.time()))} {text % values if values else text}\n".encode("utf-8", "replace"))
 
 
-def log_to_stderr() -> None:
-    """Send the log to stderr, without the bookkeeping that none of its lines shows."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # so says the logging documentation's chapter "Optimization"
-    logging.basicConfig(level=logging.INFO, handlers=[StderrLog()])
+@functools.lru_cache(maxsize=1)
+def clock(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
+def log_to_stderr(servers: list[LineServer]) -> None:
+    """Send the log to stderr, that of the servers' sessions on the short way."""
+    log = StderrLog()
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    for server in servers:
+        server.log = log.line
 
 
 def main(program: str, serve) -> int:
@@ -952,7 +952,7 @@ def listen(make, address: tuple[str, int], *args, **options):
 
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
-    log_to_stderr()
+    log_to_stderr(servers)
     hold_signals()
     threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
     announce(servers, notice)

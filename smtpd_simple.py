@@ -20,6 +20,7 @@ disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Rel
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import re
@@ -181,7 +182,12 @@ def new_id() -> str:
 
 def mail_date(seconds: float) -> str:
     """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
-    t = time.localtime(seconds)
+    return date_of(int(seconds))
+
+
+@functools.lru_cache(maxsize=8)
+def date_of(second: int) -> str:
+    t = time.localtime(second)
     day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
     month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
     zone = f"{'-' if t.tm_gmtoff < 0 else '+'}{abs(t.tm_gmtoff) // 3600:02d}{abs(t.tm_gmtoff) // 60 % 60:02d}"
@@ -190,7 +196,8 @@ def mail_date(seconds: float) -> str:
 
 def count_hops(header: bytes) -> int:
     """Return how many hosts a message has come through, by its `Received` fields."""
-    return len(re.findall(rb"(?mi)^received[ \t]*:", header))
+    fields = (b"\n" + header.lower()).split(b"\nreceived")[1:]
+    return sum(field.lstrip(b" \t").startswith(b":") for field in fields)
 
 
 def unxtext(text: str) -> str:
@@ -350,10 +357,11 @@ class SMTPHandler(LineHandler):
         self.envelope = None
 
     def command(self, verb, argument):
-        if verb in self.commands and self.server.require_tls and not self.tls and verb not in self.before_tls:
+        server = self.server
+        if server.require_tls and not self.tls and verb in self.commands and verb not in self.before_tls:
             self.skip_chunk(verb, argument)
             raise Refused("530 5.7.0 STARTTLS first")
-        if verb in self.commands and self.server.require_auth and not self.user and verb not in self.before_login:
+        if server.require_auth and not self.user and verb in self.commands and verb not in self.before_login:
             self.skip_chunk(verb, argument)
             raise Refused("530 5.7.0 AUTH first")
         if argument and verb in self.without_argument:
@@ -614,7 +622,7 @@ class SMTPHandler(LineHandler):
                 server.on_message(envelope, paths[0])
             except Exception:
                 self.logger.exception("%s on_message", self.tag())
-        done = [r for r in envelope.accepted if r.mailboxes and r.wants("SUCCESS")]
+        done = [r for r in envelope.accepted if r.notify and r.mailboxes and r.wants("SUCCESS")]
         # Nothing leaves the machine for somebody who has not logged in: a sender's address proves nothing.
         if done and (self.user or server.relay.mailboxes(envelope.sender)):
             entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)

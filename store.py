@@ -116,6 +116,9 @@ class Users:
         for name, (_, members) in self.lists.items():
             self.check_list(places[name], name, members)
         self.domains = {name.rpartition("@")[2] for name in [*self.accounts, *self.lists] if name != "*"}
+        self.by_local_part = {}
+        for name, address in self.accounts.items():
+            self.by_local_part.setdefault(name.rpartition("@")[0], []).append(address)
         self.right = {}  # passwords that were right, by a keyed hash, so that polling does not cost a scrypt each time
         self.right_key = os.urandom(32)
         self.hashed = any(secret.startswith("{SCRYPT}") for secret in self.secrets.values())
@@ -239,7 +242,7 @@ class Users:
         """Return the account that a login names, with or without its domain, or None."""
         if "@" in name:
             return self.accounts.get(key(name))
-        found = [address for full, address in self.accounts.items() if full.rpartition("@")[0] == key(name)]
+        found = self.by_local_part.get(key(name), [])
         return found[0] if len(found) == 1 else None
 
     def check_password(self, name: str, password: bytes) -> str | None:

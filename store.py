@@ -36,6 +36,7 @@ from typing import NamedTuple
 BLOCK = 1 << 20  # octets of a message that are held in memory; what is beyond streams to disk
 MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
 MAX_UID = 70  # octets, RFC 1939 7
+CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
 SCRYPT_TURN = threading.Semaphore(2)  # at a time: a crowd of guesses must not take all memory
@@ -361,12 +362,11 @@ class Incoming:
     def create(self, folder: str) -> int:
         path = f"{folder}/tmp/{self.stem}.{next(self.parts)}"
         self.pending.append([path, None])
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         try:
-            return os.open(path, flags, 0o600)
+            return os.open(path, CREATE, 0o600)
         except FileNotFoundError:  # the first message, or somebody took the folder away
             self.store.make_folder(folder)
-            return os.open(path, flags, 0o600)
+            return os.open(path, CREATE, 0o600)
 
     def commit(self, envelope: dict | None = None) -> list[str]:
         """Put every copy on disk, then into sight, an envelope for the queue last; return the paths.
@@ -384,12 +384,13 @@ class Incoming:
         for index, copy in enumerate(self.copies):
             self.write_copy(index, copy, content)
         if envelope is not None:
-            self.write_file(self.store.queue_folder, f"{envelope['id']}.json", json.dumps(envelope).encode())
+            queue = self.store.queue_folder
+            self.write_file(queue, f"{queue}/{envelope['id']}.json", json.dumps(envelope).encode())
         done = []
         while self.pending:
             done.append(self.store.publish(*self.pending[0]))
             del self.pending[0]
-        folders = [os.path.dirname(path) for path in done]
+        folders = [path.rpartition("/")[0] for path in done]
         if envelope is not None:
             folders += [self.store.folder, os.path.dirname(self.store.folder)]
         for folder in dict.fromkeys(folders):
@@ -413,7 +414,7 @@ class Incoming:
     def write_file(self, folder: str, target: str, head: bytes, rest: Iterable[bytes] = ()) -> None:
         fd = self.create(folder)
         try:
-            self.pending[-1][1] = os.path.join(folder, target)
+            self.pending[-1][1] = target
             write_all(fd, head)
             for block in rest:
                 write_all(fd, block)

@@ -126,7 +126,7 @@ def stuff(blocks, line_start=True):
         if line_start and block.startswith(b"."):
             yield b"."
         line_start = block.endswith(b"\n")
-        yield block.replace(b"\n.", b"\n..")
+        yield block if block.rfind(b"\n.") < 0 else block.replace(b"\n.", b"\n..")  # rfind() is the fastest look
 
 
 # ---------------------------------------------------------------- what the client sends

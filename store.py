@@ -20,6 +20,7 @@ and, as a program: `python store.py accounts | list ADDRESS | show ADDRESS N | w
 
 import binascii
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -713,6 +714,7 @@ def take_lock(path: str) -> int | None:
 
 
 WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,[^:\n]*)?(?::[^\n]*)?$", re.MULTILINE)
+NEVER = (-1, -1, -1)  # what is known of a file that was not measured before
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
@@ -772,12 +774,12 @@ class Maildrop:
                     state = os.stat(self.path(name))
                     if not stat.S_ISREG(state.st_mode):
                         continue
-                    stamp = (state.st_size, state.st_mtime_ns)
-                    old = known.get(name)
-                    size = old[1] if old and old[0] == stamp else self.wire_size(name, state.st_size)
+                    octets, mtime, size = known.get(name, NEVER)
+                    if octets != state.st_size or mtime != state.st_mtime_ns:
+                        size = self.wire_size(name, state.st_size)
                 except OSError:
-                    continue  # gone again, or a folder
-                now[name] = (stamp, size)
+                    continue  # gone again
+                now[name] = [state.st_size, state.st_mtime_ns, size]
             kept.append(name)
             sizes.append(size)
         if now != known:
@@ -788,26 +790,29 @@ class Maildrop:
         with open(self.path(name), "rb", buffering=0) as file:
             return sum(map(len, wire(file, min(octets + 1, BLOCK))))
 
-    def read_sizes(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Return what was measured before: name to (file's size and time, size on the wire)."""
-        known = {}
-        path = f"{self.folder}/pop3.sizes"
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="surrogateescape") as file:
-            for line in file:
-                size, mtime, wired, name = line[:-1].split(" ", 3)
-                known[name] = ((int(size), int(mtime)), int(wired))
-        return known
+    def read_sizes(self) -> dict[str, list[int]]:
+        """Return what was measured before: name to the file's size and time (ns), and its size on the wire."""
+        try:
+            with open(f"{self.folder}/pop3.sizes", encoding="ascii") as file:
+                known = json.load(file)
+            return known if all(list(map(type, sizes)) == [int, int, int] for sizes in known.values()) else {}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return {}
 
-    def write_sizes(self, sizes: dict) -> None:
-        lines = [f"{a} {b} {size} {name}\n" for name, ((a, b), size) in sizes.items() if "\n" not in name]
+    def write_sizes(self, sizes: dict[str, list[int]]) -> None:
         tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
         with contextlib.suppress(OSError):  # it only saves time
-            with open(tmp, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(lines)
+            with open(tmp, "w", encoding="ascii") as file:
+                file.write(json.dumps(sizes))
             os.replace(tmp, f"{self.folder}/pop3.sizes")
 
     def uids(self) -> list[str]:
         """Return every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
+        text = "".join(self.names)
+        if ":" not in text and text.isascii() and text.isprintable() and " " not in text:  # as ours are
+            uids = self.names
+            if max(map(len, uids), default=0) <= MAX_UID and len(set(uids)) == len(uids):
+                return uids
         uids = [name.partition(":")[0] for name in self.names]
         if len(set(uids)) < len(uids):  # the same name twice, with other flags
             uids = [name if uids.count(uid) > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
@@ -859,6 +864,16 @@ class Maildrop:
             self.lock = None
 
 
+def only_crlf(data: bytes) -> bool:
+    """Say whether every CR and LF is part of a CRLF.
+
+    Universal newlines' decoder looks at each octet once, four times as fast as counting the three.
+    """
+    look = io.IncrementalNewlineDecoder(None, False)
+    look.decode(data.decode("latin-1"), final=True)
+    return look.newlines in (None, "\r\n")
+
+
 def hash_of(text: str) -> str:
     """Return 64 printable characters that stand for a text."""
     import hashlib
@@ -874,7 +889,7 @@ def wire(file, size: int = BLOCK) -> Iterator[bytes]:
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""  # its LF may come with the next block
         data = data.removesuffix(b"\r")
-        if data.count(b"\n") != data.count(b"\r\n"):
+        if not only_crlf(data):
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         if data:
             end = data[-1:]

@@ -1,5 +1,6 @@
 """POP3 by the clauses of RFC 1939 and its extensions (2449, 2595, 3206, 5034, 6856): a conversation for each rule."""
 
+import json
 import os
 import poplib
 
@@ -150,11 +151,21 @@ def test_remembered_sizes_are_not_trusted_over_the_file(pop3, store):
         client = login(pop3)
         assert client.stat() == (1, len(content) + content.count(b"\n"))
         client.quit()
+
+
+@pytest.mark.parametrize("rubbish", ["", "rubbish", "[1]", "null", '{"foreign": "8"}', "\xff", "[" * 100_000])
+def test_remembered_sizes_that_are_rubbish_are_measured_again(pop3, store, rubbish):
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    with open(f"{folder}/new/foreign", "wb") as out:
+        out.write(b"abc\nd\n")
     with open(f"{folder}/pop3.sizes", "w") as out:
-        out.write("rubbish\n1 2\n")
+        out.write(rubbish)
     client = login(pop3)
     assert client.stat() == (1, 8)
     client.quit()
+    with open(f"{folder}/pop3.sizes") as file:
+        assert list(json.load(file).values()) == [8]
 
 
 def test_utf8_of_poplib(pop3, store, deliver):

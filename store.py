@@ -817,9 +817,9 @@ class Maildrop:
     def uids(self) -> list[str]:
         """Return every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
         text = "".join(self.names)
-        if ":" not in text and text.isascii() and text.isprintable() and " " not in text:  # as ours are
-            if max(map(len, self.names), default=0) <= MAX_UID:
-                return self.names
+        plain = ":" not in text and " " not in text and text.isascii() and text.isprintable()
+        if plain and max(map(len, self.names), default=0) <= MAX_UID:  # as ours are, each once in its folder
+            return self.names
         uids = [name.partition(":")[0] for name in self.names]
         if len(set(uids)) < len(uids):  # the same name twice, with other flags
             uids = [name if uids.count(uid) > 1 else uid for name, uid in zip(self.names, uids, strict=True)]

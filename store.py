@@ -715,6 +715,7 @@ def take_lock(path: str) -> int | None:
 
 
 WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,[^:\n]*)?(?::[^\n]*)?$", re.MULTILINE)
+ONLY_CRLF = (None, "\r\n")  # of line_ends(): as mail goes over the wire
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
@@ -871,14 +872,14 @@ class Maildrop:
             self.lock = None
 
 
-def only_crlf(data: bytes) -> bool:
-    """Say whether every CR and LF is part of a CRLF.
+def line_ends(data: bytes) -> str | tuple | None:
+    r"""Return which of "\n", "\r" and "\r\n" ends lines: none, one, or a tuple of several.
 
     Universal newlines' decoder looks at each octet once, four times as fast as counting the three.
     """
     look = io.IncrementalNewlineDecoder(None, False)
     look.decode(data.decode("latin-1"), final=True)
-    return look.newlines in (None, "\r\n")
+    return look.newlines
 
 
 def hash_of(text: str) -> str:
@@ -896,7 +897,9 @@ def wire(file, size: int = BLOCK) -> Iterator[bytes]:
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""  # its LF may come with the next block
         data = data.removesuffix(b"\r")
-        if not only_crlf(data):
+        if (ends := line_ends(data)) == "\n":
+            data = data.replace(b"\n", b"\r\n")
+        elif ends not in ONLY_CRLF:
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         if data:
             end = data[-1:]

@@ -42,7 +42,7 @@ HANDSHAKE = 30  # seconds for a TLS handshake
 LINGER = 2  # seconds in which a client that still sends may read our last words
 SPARE_THREADS = 32  # threads that wait for a connection at most
 STOPPING = 6  # seconds that sessions have to end when the server stops
-SEND_BLOCK = 1 << 18  # octets collected before they are sent
+SEND_BLOCK = 1 << 17  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
 
 KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs there

@@ -27,7 +27,7 @@ from store import InUse, Maildrop, Store, users_file, wire
 __all__ = ["Disconnect", "POP3Handler", "POP3Server", "Store"]
 
 IDLE = 600  # seconds; RFC 1939 3 asks for ten minutes at least
-READ_BLOCK = 1 << 18  # octets of a message that are read at once
+READ_BLOCK = 1 << 17  # octets of a message that are read at once
 
 
 # ---------------------------------------------------------------- pure helpers

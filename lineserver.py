@@ -165,11 +165,15 @@ class LineReader:
 
     def readline(self, limit: int, seconds: float) -> bytes:
         """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
-        deadline, left, seen = time.monotonic() + seconds, seconds, 0
+        deadline, seen = time.monotonic() + seconds, 0
+        if not self.buffer:
+            block = self.receive(seconds, min(limit, MAX_LINE))
+            if block.find(b"\n") == len(block) - 1:  # a line and no more, as from all who wait for their answer
+                return block
+            self.buffer += block
         while (end := self.buffer.find(b"\n", seen, limit)) < 0 and len(self.buffer) < limit:
             seen = len(self.buffer)
-            self.buffer += self.receive(left, MAX_LINE)
-            left = deadline - time.monotonic()
+            self.buffer += self.receive(deadline - time.monotonic(), MAX_LINE)
         return self.take(end + 1 if end >= 0 else limit)
 
     def take(self, size: int) -> bytes:
@@ -276,7 +280,11 @@ class LineHandler(socketserver.BaseRequestHandler):
             if verb not in self.verbatim:
                 argument = argument.strip(" \t")
             reply = self.intercepted(verb, argument) if self.server.intercept else None
-            reply = self.command(verb, argument) if reply is None else reply
+            if reply is None:
+                self.allow(verb, argument)
+                if verb not in self.commands:
+                    raise Refused(self.replies["unknown"])
+                reply = self.commands[verb](self, argument)
         except Refused as refusal:
             reply = str(refusal)
         except TimeoutError:
@@ -291,12 +299,8 @@ class LineHandler(socketserver.BaseRequestHandler):
             self.log("refused %s: %s", verb if verb in self.commands else "what is no command", reply)
         return reply
 
-    def command(self, verb: str, argument: str):
-        """Carry one command out; a protocol refines it with the rules of its states."""
-        function = self.commands.get(verb)
-        if function is None:
-            raise Refused(self.replies["unknown"])
-        return function(self, argument)
+    def allow(self, verb: str, argument: str) -> None:
+        """Raise Refused when the rules of a protocol forbid a command here and now."""
 
     def intercepted(self, verb: str, argument: str) -> str | None:
         """Return what the embedding program's hook answers in our place, if it wants to."""
@@ -311,13 +315,14 @@ class LineHandler(socketserver.BaseRequestHandler):
     def readline(self, limit: int = MAX_LINE, secret: bool = False) -> str:
         """Return the next line without its end; a longer one than `limit` octets is read to its end and refused."""
         line = self.reader.readline(limit, self.server.timeout)
-        if not line.endswith(b"\n"):
+        bare_lf = not line.endswith(b"\r\n")
+        if bare_lf and not line.endswith(b"\n"):
             self.reader.skip_line(self.server.timeout)
             self.trace("C", f"({limit} octets and more without a line end)")
             raise Refused(self.replies["long answer" if secret else "long"])
         if self.bare_lf is None:
-            self.bare_lf = not line.endswith(b"\r\n")
-        text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
+            self.bare_lf = bare_lf
+        text = line[: -1 if bare_lf else -2].decode("utf-8", "surrogateescape")
         if self.server.trace:
             self.trace("C", "****" if secret else self.masked(text))
         return text
@@ -352,9 +357,22 @@ class LineHandler(socketserver.BaseRequestHandler):
         data = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
         self.pending, self.pending_size = [], 0
         try:
-            self.request.sendall(data)
+            sent = self.request.send(data)
+            if sent < len(data):
+                self.send_rest(memoryview(data)[sent:])
         except OSError as error:
             raise Disconnect(f"lost: {error.strerror or error}") from None
+
+    def send_rest(self, data: memoryview) -> None:
+        """Send on where send() has stopped half-way: behind a TLS record, or when the client did not read for a while.
+
+        A client that reads an octet a minute does not hold the session: what is sent at once has a deadline as a whole.
+        """
+        deadline = time.monotonic() + self.server.timeout
+        while data:
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "the client does not read")
+            data = data[self.request.send(data) :]
 
     def close(self, farewell: str | None, linger: bool) -> None:
         """Say the last words, if any."""
@@ -384,6 +402,7 @@ class LineHandler(socketserver.BaseRequestHandler):
     def finish(self):
         self.server.sessions.discard(self)
         self.request.close()
+        self.reader = None  # it refers back to us, and memory must not wait for the collector of such circles
 
     # ---- TLS
 
@@ -910,8 +929,11 @@ class StderrLog(logging.Handler):
     def line(self, text: str, *values) -> None:
         """Write one line, as `Logger.info` would: sessions log here, three facts each, since a LogRecord for each and
         its way through `logging` would cost as much as a third of a POP3 session."""
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            os.write(2, f"{clock(int(time.time()))} {text % values if values else text}\n".encode("utf-8", "replace"))
+        line = f"{clock(int(time.time()))} {text % values if values else text}\n".encode("utf-8", "replace")
+        try:
+            os.write(2, line)
+        except OSError:  # nobody reads it any more
+            return
 
 
 @functools.lru_cache(maxsize=1)

@@ -105,12 +105,9 @@ class POP3Handler(LineHandler):
     def greeting(self):
         return f"+OK POP3 server ready {self.timestamp}"
 
-    def command(self, verb, argument):
-        if verb != "PASS":
-            name, self.name = self.name, None  # PASS follows USER at once (RFC 1939 7)
-            if verb in ("CAPA", "NOOP"):
-                self.name = name
-        return super().command(verb, argument)
+    def allow(self, verb, argument):
+        if self.name is not None and verb not in ("PASS", "CAPA", "NOOP"):
+            self.name = None  # PASS follows USER at once (RFC 1939 7)
 
     def nothing(self, argument):
         if argument:
@@ -203,8 +200,8 @@ class POP3Handler(LineHandler):
 
     def totals(self):
         """Return how many messages there are, and their octets; those marked as deleted don't count."""
-        sizes = self.maildrop.sizes
-        return len(sizes) - len(self.deleted), sum(sizes) - sum(sizes[index] for index in self.deleted)
+        sizes, deleted = self.maildrop.sizes, self.deleted
+        return len(sizes) - len(deleted), sum(sizes) - (sum(sizes[index] for index in deleted) if deleted else 0)
 
     def message(self, text):
         """Return the index of the message that a number names; raise Refused."""

@@ -355,7 +355,7 @@ class SMTPHandler(LineHandler):
             self.envelope.arrival.close()
         self.envelope = None
 
-    def command(self, verb, argument):
+    def allow(self, verb, argument):
         server = self.server
         if server.require_tls and not self.tls and verb in self.commands and verb not in self.before_tls:
             self.skip_chunk(verb, argument)
@@ -365,7 +365,6 @@ class SMTPHandler(LineHandler):
             raise Refused("530 5.7.0 AUTH first")
         if argument and verb in self.without_argument:
             raise Refused(f"501 5.5.4 {verb} takes nothing behind it")
-        return super().command(verb, argument)
 
     def intercepted(self, verb, argument):
         reply = super().intercepted(verb, argument)

@@ -76,11 +76,12 @@ ENTRY = re.compile(r"\s*(\*|\*@[^\s:=@]+|[^\s:@]+@[^\s:=@]+)\s*([:=])(.*)", re.D
 
 def key(address: str) -> str:
     """Return what addresses are compared by: case does not count, and `xn--` domains are what they stand for."""
-    local, at, domain = address.lower().rpartition("@")
-    if "xn--" in domain:
+    address = address.lower()
+    if "xn--" in address:
+        local, at, domain = address.rpartition("@")
         with contextlib.suppress(UnicodeError):
-            domain = domain.encode("ascii").decode("idna")
-    return local + at + domain
+            address = local + at + domain.encode("ascii").decode("idna")
+    return address
 
 
 def bad_name(address: str) -> str | None:

@@ -1,19 +1,22 @@
 """Clients that are slow, many, loud or ill-meaning: bounded memory, bounded time, and the others are served."""
 
+import contextlib
+import itertools
 import os
 import resource
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from conftest import ROOT, Program, send
 from conversation import Line
 
-from lineserver import Guesses, LineServer, printable
+from lineserver import Disconnect, Guesses, LineServer, printable
 from pop3d_simple import POP3Server
-from smtpd_simple import SMTPServer
+from smtpd_simple import SMTPHandler, SMTPServer
 from store import Maildrop
 
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc here")
@@ -154,6 +157,20 @@ def test_a_pop3_client_that_falls_silent(store, deliver, step):
         nothing_of_it_stays(pop3, store)
         Maildrop(store, "alice@example.test").close()
     assert len(store.messages("alice@example.test")) == 1
+
+
+def test_a_client_that_reads_an_octet_now_and_then(monkeypatch):
+    """It does not hold the session for ever: what is sent at once has a deadline as a whole, not each octet."""
+    sent, seconds = [], itertools.count()
+    monkeypatch.setattr("lineserver.time.monotonic", lambda: next(seconds))
+    session = SMTPHandler.__new__(SMTPHandler)
+    session.server = types.SimpleNamespace(timeout=10)
+    session.request = types.SimpleNamespace(send=lambda data: sent.append(bytes(data[:1])) or 1)
+    for text in (b"quick", b"not so quick"):
+        session.pending = [text]
+        with pytest.raises(Disconnect) if text == b"not so quick" else contextlib.nullcontext():
+            session.flush()
+    assert b"".join(sent) == b"quick" + b"not so quic"
 
 
 def nothing_of_it_stays(server, store):

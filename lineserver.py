@@ -276,7 +276,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         verb = "?"
         try:
             verb, _, argument = self.readline().partition(" ")
-            verb = verb.upper()
+            verb = verb.rstrip("\t").upper()
             if verb not in self.verbatim:
                 argument = argument.strip(" \t")
             reply = self.intercepted(verb, argument) if self.server.intercept else None

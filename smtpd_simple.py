@@ -65,6 +65,7 @@ IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
 LITERAL = rf"\[(?:{IPV4}|(?i:IPv6):[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+)\]"
 PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?({DOT_STRING}|{QUOTED})@({DOMAIN}|{LITERAL})>")
 XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
+HEXCHAR = r"\+(?:[2-6][0-9A-F]|7[0-9A-E])"  # of xtext, what stands for printable ASCII
 
 MAIL_PARAMETERS = {  # what each may be; None: no value
     "SIZE": r"[0-9]{1,20}",  # RFC 1870
@@ -72,13 +73,13 @@ MAIL_PARAMETERS = {  # what each may be; None: no value
     "SMTPUTF8": None,  # RFC 6531
     "AUTH": rf"<>|(?!<>){XTEXT}{{1,500}}",  # RFC 4954 5
     "RET": r"(?i:FULL|HDRS)",  # RFC 3461 4.3
-    "ENVID": rf"{XTEXT}{{1,100}}",  # RFC 3461 4.4
+    "ENVID": rf"(?:[!-*,-<>-~]|{HEXCHAR}){{1,100}}",  # RFC 3461 4.4
 }
 RCPT_PARAMETERS = {
     "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",  # RFC 3461 4.1
-    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}",  # RFC 3461 4.2
+    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
 }
-HELLO = re.compile(rf"[A-Za-z0-9_.-]{{1,255}}|{LITERAL}")  # many a host has a name that is no domain
+HELLO = re.compile(rf"[!#-'*+./0-9=?A-Z^-~-]{{1,255}}|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # many a name is no domain
 NODE = re.compile(rf"#|@?{DOMAIN}")
 
 
@@ -104,7 +105,21 @@ def parse_path(text: str) -> tuple[str, str]:
         local = plain if re.fullmatch(DOT_STRING, plain) else local
     if len(local.encode()) > MAX_LOCAL or len(domain.encode()) > MAX_DOMAIN:
         raise ValueError(f"the address is longer than {MAX_LOCAL}@{MAX_DOMAIN} octets")
+    if domain.startswith("[") and not good_literal(domain[1:-1]):
+        raise ValueError("the address has no such numbers")
     return f"{local}@{domain}", text[match.end() :]
+
+
+def good_literal(text: str) -> bool:
+    """Say whether an address literal (RFC 5321 4.1.3) names an address; kinds that are not known here may."""
+    kind, colon, rest = text.partition(":")
+    if colon and kind.lower() != "ipv6":
+        return True
+    try:
+        socket.inet_pton(socket.AF_INET6 if colon else socket.AF_INET, rest if colon else text)
+    except OSError:
+        return False
+    return True
 
 
 def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
@@ -115,7 +130,7 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
     if text and not text.startswith(" "):
         raise Refused("501 5.5.4 A space belongs behind the >")
     found = {}
-    for word in text.split():
+    for word in filter(None, text.split(" ")):
         name, equals, value = word.partition("=")
         name = name.upper()
         if not re.fullmatch(r"[A-Z0-9][A-Z0-9-]*", name) or (equals and not value):
@@ -124,7 +139,9 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
             raise Refused("555 5.5.4 A parameter that is not offered here; EHLO shows those that are")
         if name in found:
             raise Refused(f"501 5.5.4 {name} is there twice")
-        if bool(equals) != bool(known[name]) or (equals and not re.fullmatch(known[name], value)):
+        if bool(equals) != bool(known[name]):
+            raise Refused(f"501 5.5.4 {name} takes {'a' if known[name] else 'no'} value")
+        if equals and not (value.isprintable() and re.fullmatch(known[name], value)):
             raise Refused(f"501 5.5.4 Bad value for {name}")
         found[name] = value if equals else None
     return found
@@ -200,9 +217,8 @@ def count_hops(header: bytes) -> int:
 
 
 def unxtext(text: str) -> str:
-    """Decode xtext (RFC 3461 4); what would not be printable stays as it was."""
-    plain = re.sub(r"\+([0-9A-Fa-f]{2})", lambda match: chr(int(match[1], 16)), text)
-    return plain if plain.isprintable() else text
+    """Decode xtext (RFC 3461 4); what would not be printable ASCII stays as it was."""
+    return re.sub(HEXCHAR, lambda match: chr(int(match[0][1:], 16)), text)
 
 
 # ---------------------------------------------------------------- one message
@@ -356,15 +372,19 @@ class SMTPHandler(LineHandler):
         self.envelope = None
 
     def allow(self, verb, argument):
-        server = self.server
-        if server.require_tls and not self.tls and verb in self.commands and verb not in self.before_tls:
+        if too_early := self.too_early(verb):
             self.skip_chunk(verb, argument)
-            raise Refused("530 5.7.0 STARTTLS first")
-        if server.require_auth and not self.user and verb in self.commands and verb not in self.before_login:
-            self.skip_chunk(verb, argument)
-            raise Refused("530 5.7.0 AUTH first")
+            raise Refused(too_early)
         if argument and verb in self.without_argument:
             raise Refused(f"501 5.5.4 {verb} takes nothing behind it")
+
+    def too_early(self, verb):
+        """Return the refusal of a command that has to wait for TLS or for a login, or None."""
+        if self.server.require_tls and not self.tls and verb not in self.before_tls:
+            return "530 5.7.0 STARTTLS first"
+        if self.server.require_auth and not self.user and verb in self.commands and verb not in self.before_login:
+            return "530 5.7.0 AUTH first"
+        return None
 
     def intercepted(self, verb, argument):
         reply = super().intercepted(verb, argument)
@@ -458,9 +478,12 @@ class SMTPHandler(LineHandler):
         if not address:
             raise Refused("501 5.1.3 Bad recipient: <> is nobody")
         parameters = parse_parameters(rest, RCPT_PARAMETERS if self.esmtp else {})
-        if not address.isascii() and "SMTPUTF8" not in self.envelope.parameters:
+        orcpt, utf8 = parameters.get("ORCPT"), "SMTPUTF8" in self.envelope.parameters
+        if not address.isascii() and not utf8:
             raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8 at MAIL")
-        recipient = Recipient(address, self.resolve(address), parameters.get("NOTIFY"), parameters.get("ORCPT"))
+        if orcpt and not orcpt.isascii() and not utf8:
+            raise Refused("501 5.5.4 Bad value for ORCPT")
+        recipient = Recipient(address, self.resolve(address), parameters.get("NOTIFY"), orcpt)
         self.envelope.accepted.append(recipient)
         self.envelope.refused -= 1
         return f"250 2.1.5 Recipient <{address}> ok"
@@ -608,8 +631,9 @@ class SMTPHandler(LineHandler):
 
     def queue_entry(self, envelope, octets):
         """Return the queue's record of a message for other hosts, or None when all of it stays here."""
-        remote = [recipient for recipient in envelope.accepted if not recipient.mailboxes]
-        return new_entry(envelope.id, envelope.sender, remote, envelope.parameters, octets) if remote else None
+        remote = {recipient.address: recipient for recipient in envelope.accepted if not recipient.mailboxes}
+        name, sender, parameters = envelope.id, envelope.sender, envelope.parameters
+        return new_entry(name, sender, list(remote.values()), parameters, octets) if remote else None
 
     def stored(self, envelope, octets, paths):
         """Tell everybody who wants to know that a message is on disk."""
@@ -636,7 +660,10 @@ class SMTPHandler(LineHandler):
         name, utf8 = self.asked_name(argument, "VRFY")
         if not self.may_ask():
             return "252 2.5.0 Send a message and see"
-        found = self.server.store.users.find(name)
+        users, domain = self.server.store.users, name.rpartition("@")[2]
+        found = users.find(name)
+        if not found and "@" in name and not users.is_local(domain) and self.server.relay.route(domain):
+            return "252 2.5.0 Not a mailbox here; send a message and see"
         if not found:
             raise Refused("550 5.1.1 Nobody of that name here")
         if len(found) > 1:
@@ -659,9 +686,11 @@ class SMTPHandler(LineHandler):
         """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 stands behind it (RFC 6531 3.7.4.2)."""
         name, _, word = argument.rpartition(" ") if argument.upper().endswith(" SMTPUTF8") else (argument, "", "")
         name = name.strip()
-        name = name[1:-1] if name.startswith("<") and name.endswith(">") else name
         if not name or not name.isprintable() or name.upper() == "SMTPUTF8":
             raise Refused(f"501 5.5.4 Write {verb} name or {verb} name@domain")
+        name = name[name.rfind("<") + 1 : -1] if name.endswith(">") else name  # with or without who it is
+        with contextlib.suppress(ValueError):  # quotes and a route don't count
+            name = parse_path(f"<{name}>" if "@" in name else f"<{name}@x>")[0].removesuffix("@x")
         return name, bool(word)
 
     def needs_utf8(self, addresses, offered):
@@ -676,7 +705,7 @@ class SMTPHandler(LineHandler):
         relay, node = self.server.relay, argument.lower()
         if self.envelope:
             raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
-        if not NODE.fullmatch(node) or not node.isprintable():
+        if not NODE.fullmatch(node) or not node.isprintable() or len(node) > MAX_DOMAIN:
             raise Refused("501 5.5.4 Write ETRN host, ETRN @domain or ETRN #")
         if not relay.leads_to(node):
             return f"459 4.7.1 {node} not allowed: no route leads there"
@@ -690,7 +719,7 @@ class SMTPHandler(LineHandler):
             return f"458 4.3.0 Unable to start {node}"
         if node == "#":
             return "250 2.0.0 Started all of the queue"
-        return f"253 2.0.0 {waiting} messages waiting for {node} started"
+        return f"253 2.0.0 {waiting} message{'s' * (waiting != 1)} waiting for {node} started"
 
     def help(self, argument):
         """HELP MAIL -- explain one command; HELP alone lists them"""
@@ -706,8 +735,6 @@ class SMTPHandler(LineHandler):
     def sensible(self):
         """Return the commands that lead on from here."""
         always = ["NOOP", "QUIT"]
-        if self.server.require_tls and not self.tls:
-            return ["EHLO", "STARTTLS", *always]
         if not self.helo:
             return ["EHLO", "HELO", *always]
         if self.envelope:
@@ -715,8 +742,7 @@ class SMTPHandler(LineHandler):
             return (["BDAT"] if self.envelope.arrival else ["RCPT", *ready]) + ["RSET", *always]
         upgrade = ["STARTTLS"] if self.server.tls and not self.tls else []
         login = ["AUTH"] if not self.user and self.may_log_in_here() else []
-        mail = ["MAIL"] if self.user or not self.server.require_auth else []
-        return [*upgrade, *login, *mail, "VRFY", "EXPN", "ETRN", *always]
+        return [v for v in [*upgrade, *login, "MAIL", "VRFY", "EXPN", "ETRN", *always] if not self.too_early(v)]
 
     def noop(self, argument):
         """NOOP -- nothing, politely"""
@@ -935,14 +961,13 @@ class Relay:
 
     def attempt(self, host: tuple[str, int], entry: dict, recipients: list[dict]) -> Outcome | None:
         """Try one message; return what came of it when there was no talking to the host."""
-        import smtplib
-
         outcomes, client = {}, None
         try:
             client = self.connect(host)
             self.transact(client, entry, recipients, outcomes)
-        except (OSError, smtplib.SMTPException) as error:
-            lost = Outcome("delayed", "4.4.1" if client is None else "4.4.2", f"{show_address(*host)}: {error}"[:400])
+        except OSError as error:  # smtplib's are OSErrors, too
+            why = said(error) or f"{show_address(*host)}: {error}"[:400]
+            lost = Outcome("delayed", "4.4.1" if client is None else "4.4.2", why)
             for address in addresses(recipients):
                 outcomes.setdefault(address, lost)
             return lost if client is None else None
@@ -954,7 +979,6 @@ class Relay:
     def connect(self, host: tuple[str, int], tls: bool = True):
         """Return a client that has said EHLO, over TLS when the host offers it."""
         import smtplib
-        import ssl
 
         class Client(smtplib.SMTP):
             getreply = read_reply
@@ -962,21 +986,30 @@ class Relay:
         client = Client(*host, local_hostname=self.hostname, timeout=self.timeout)
         self.clients.add(client)
         try:
-            client.ehlo_or_helo_if_needed()
-            if tls and client.has_extn("starttls"):
-                self.encrypt(client, host)
-        except ssl.SSLError as error:
-            self.log.warning("relay to %s: in clear, since TLS failed: %s", show_address(*host), error)
-            self.drop(client)
-            return self.connect(host, tls=False)
+            self.greet(client)
+            if tls and client.has_extn("starttls") and not self.encrypt(client, host):
+                self.drop(client)
+                return self.connect(host, tls=False)
         except BaseException:
             self.drop(client)
             raise
         return client
 
-    def encrypt(self, client, host: tuple[str, int]) -> None:
-        """Start TLS; no certificate is asked to prove anything (RFC 7435: better than clear text, and there is nobody
-        to ask)."""
+    def greet(self, client) -> None:
+        """Say EHLO, or HELO to a host that knows no better; a 4yz is no answer to that, but "later"."""
+        import smtplib
+
+        code, text = client.ehlo()
+        if code // 100 == 5:
+            code, text = client.helo()
+        if code // 100 != 2:
+            raise smtplib.SMTPHeloError(code, text)
+
+    def encrypt(self, client, host: tuple[str, int]) -> bool:
+        """Start TLS; return False when that has failed, and with it the connection.
+
+        No certificate is asked to prove anything (RFC 7435: better than clear text, and there is nobody to ask).
+        """
         import smtplib
         import ssl
 
@@ -985,14 +1018,16 @@ class Relay:
         try:
             client.starttls(context=context)
         except smtplib.SMTPResponseException as error:  # not now: RFC 3207 4 leaves it to us to go on without
-            self.log.warning("relay to %s: in clear: %s", show_address(*host), error)
-        else:
-            client.ehlo()
+            self.log.warning("relay to %s: in clear: %s", show_address(*host), said(error))
+            return True
+        except OSError as error:
+            self.log.warning("relay to %s: in clear, since TLS failed: %s", show_address(*host), error)
+            return False
+        self.greet(client)
+        return True
 
     def leave(self, client) -> None:
-        import smtplib
-
-        with contextlib.suppress(OSError, smtplib.SMTPException):
+        with contextlib.suppress(OSError):
             client.quit()
         self.drop(client)
 
@@ -1021,22 +1056,31 @@ class Relay:
                 outcomes[waiting["address"]] = Outcome.of(452 if code == 552 else code, text)
         if not taken:
             return None
-        with self.store.queued_message(entry["id"]) as file:
+        outcomes.update(dict.fromkeys(taken, Outcome.of(*self.send_content(client, entry["id"]), dsn)))
+        return None
+
+    def send_content(self, client, name: str) -> tuple[int, bytes]:
+        """Send DATA and a queued message; return the reply to it, also when it comes before the message has ended."""
+        with self.store.queued_message(name) as file:
             code, text = client.docmd("DATA")
             if code == 354:
-                for block in stuff(wire(file, READ_BLOCK)):
-                    client.sock.sendall(block)
-                client.sock.sendall(b".\r\n")
-                code, text = client.getreply()
-            elif code // 100 == 2:  # out of step: nothing has been sent, so nothing can have been taken
-                code = 451
-        outcomes.update(dict.fromkeys(taken, Outcome.of(code, text, dsn)))
-        return None
+                try:
+                    for block in stuff(wire(file, READ_BLOCK)):
+                        client.sock.sendall(block)
+                    client.sock.sendall(b".\r\n")
+                except OSError:  # they may have said why they hung up; only a refusal can be meant
+                    code, text = client.getreply()
+                    if code // 100 not in (4, 5):
+                        raise
+                    return code, text
+                return client.getreply()
+        return (451 if code // 100 == 2 else code), text  # out of step: what was not sent can't have been taken
 
     def mail_options(self, client, entry: dict) -> str:
         """Return MAIL's parameters, as the client gave them and as far as the next host offers them."""
         parameters, offered = entry["parameters"], client.has_extn
-        options = f" SIZE={entry['octets']}" if offered("size") else ""
+        size = os.path.getsize(f"{self.store.queue_folder}/{entry['id']}")  # with our Received
+        options = f" SIZE={size}" if offered("size") else ""
         options += f" BODY={parameters['BODY']}" if "BODY" in parameters and offered("8bitmime") else ""
         options += " SMTPUTF8" if "SMTPUTF8" in parameters else ""
         for name in ("RET", "ENVID"):
@@ -1104,6 +1148,7 @@ class Relay:
         try:
             with open(path, "rb") as file:
                 original = file.read(MAX_RETURNED + 1)
+            original = original[max(original.find(b"Received: "), 0) :]  # whose mailbox it was is not for senders
             text = build_report(self, name, entry, recipients, host, original)
             self.post(name, sender, text)
         except OSError as error:
@@ -1123,7 +1168,7 @@ class Relay:
                 self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
                 return
             copies = [Copy(self.store.queue_folder, received.encode(), name)]
-            parameters = {} if recipient.isascii() else {"SMTPUTF8": None}
+            parameters = {"BODY": "8BITMIME"} | ({} if recipient.isascii() else {"SMTPUTF8": None})
             entry = new_entry(name, "", [Recipient(recipient, [])], parameters, len(text))
         incoming = Incoming(self.store, copies)
         try:
@@ -1132,6 +1177,12 @@ class Relay:
         finally:
             incoming.close()
         self.log.info("report %s to <%s>", name, recipient)
+
+
+def said(error: OSError) -> str | None:
+    """Return the reply that smtplib made an exception of, or None when it was none."""
+    text = getattr(error, "smtp_error", None)
+    return None if text is None else Outcome.of(error.smtp_code, text).error
 
 
 def read_reply(client) -> tuple[int, bytes]:

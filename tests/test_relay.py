@@ -1,11 +1,13 @@
 """From one server to the next: routes, the queue, retries, ETRN, loops (RFC 5321, 1985)."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import smtplib
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -151,8 +153,6 @@ def test_a_catch_all_gives_way_to_a_route(tmp_path):
 def test_a_next_host_that_fails_twice_and_then_accepts(stores, verb, what):
     """At every step of the dialogue: the message waits, is tried again, and arrives once."""
     hook = Intercept(**{verb: [what, what]})
-    if verb == "EHLO" and what is not Disconnect:
-        hook.replies["HELO"] = [what, what]
     with pair(stores, b_options={"intercept": hook}) as (a, _):
         send(a, ["bob@b.example"])
         stores[1].wait("bob@b.example", timeout=10)
@@ -263,9 +263,11 @@ def test_extensions_are_passed_on_as_offered(stores):
         )
         stores[1].wait("bob@b.example")
         assert empty(stores[0])
+    [path] = stores[1].paths("bob@b.example")
+    with open(path, "rb") as file:
+        size = len(file.read().partition(b"Delivered-To: bob@b.example\r\n")[2].partition(b"\r\nReceived: ")[2]) + 10
     said = dict(hook.seen)
-    size = next(word for word in said["MAIL"].split() if word.startswith("SIZE="))
-    assert said["MAIL"] == f"FROM:<alice@a.example> {size} BODY=8BITMIME RET=HDRS ENVID=e1"
+    assert said["MAIL"] == f"FROM:<alice@a.example> SIZE={size} BODY=8BITMIME RET=HDRS ENVID=e1"
     assert said["RCPT"] == "TO:<bob@b.example> NOTIFY=FAILURE"
 
 
@@ -321,6 +323,84 @@ def test_in_clear_when_it_refuses_tls_for_now(stores, certificate):
         stores[1].wait("bob@b.example")
         assert empty(stores[0])
     assert [verb for verb, _ in hook.seen].count("CONNECT") == 1
+
+
+def test_ehlo_that_is_refused_for_now_is_not_helo(stores, certificate):
+    """4yz means later, also behind STARTTLS: extensions must not be lost, nor mail returned."""
+    hook = Intercept(EHLO=["421 4.3.2 later", None, "451 4.3.0 later"])
+    tls = {"tls_cert": certificate[0], "tls_key": certificate[1], "intercept": hook}
+    with pair(stores, b_options=tls) as (a, _):
+        send(a, ["bob@b.example"], mail_options=["ENVID=e1"])
+        [message] = stores[1].wait("bob@b.example", timeout=10)
+        assert empty(stores[0])
+    assert "HELO" not in [verb for verb, _ in hook.seen]
+    assert "ENVID=e1" in dict(hook.seen)["MAIL"]
+    assert "with ESMTPS id" in " ".join(message["Received"].split())
+    assert stores[0].messages("alice@a.example") == []
+
+
+def test_in_clear_when_the_handshake_is_cut(stores, certificate):
+    """220, and then the line is dropped without TLS having said a word."""
+
+    def cut(session, verb, argument):
+        if verb == "STARTTLS":
+            session.reply("220 2.0.0 go")
+            session.flush()
+            session.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise Disconnect
+
+    tls = {"tls_cert": certificate[0], "tls_key": certificate[1], "intercept": cut}
+    with pair(stores, b_options=tls) as (a, _):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example", timeout=10)
+        assert empty(stores[0])
+
+
+def test_a_refusal_before_the_message_has_ended_is_heard(stores):
+    """A host that says 552 in the middle and hangs up is not sent the same again for five days."""
+
+    def refuse(session, verb, argument):
+        if verb == "DATA":
+            session.reply("354 go")
+            session.flush()
+            for _ in itertools.islice(session.reader.blocks(5, 65536), 3):
+                pass
+            raise Disconnect("too much", "552 5.3.4 too much")
+
+    with pair(stores, b_options={"intercept": refuse}) as (a, _):
+        send(a, ["bob@b.example"], b"Subject: big\r\n\r\n" + b"0123456789abcde\r\n" * 1_000_000)
+        [report] = stores[0].wait("alice@a.example", timeout=10)
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Diagnostic-Code"].startswith("smtp; 552 5.3.4 too much")
+
+
+def test_a_host_that_wants_no_mail_says_so_in_the_report(stores):
+    """554 instead of a greeting: tried until the end, and then the report has what it said."""
+    hook = Intercept(CONNECT=["554 5.7.1 no mail here"] * 1000)
+    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"])
+        [report] = stores[0].wait("alice@a.example", timeout=10)
+        assert empty(stores[0])
+    about = report.get_payload(1).get_payload()[1]
+    assert (about["Status"], about["Diagnostic-Code"]) == ("5.4.7", "smtp; 554 5.7.1 no mail here")
+
+
+def test_an_address_given_twice_is_sent_to_once(stores):
+    hook = Intercept()
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example", "bob@b.example"])
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert [verb for verb, _ in hook.seen].count("RCPT") == 1
+
+
+def test_vrfy_of_an_address_elsewhere(stores):
+    """252 where a route leads (RFC 5321 3.5.3), 550 where none does."""
+    with pair(stores) as (a, _), Line(a.host, a.port) as client:
+        client.reply()
+        assert client.ask("VRFY bob@b.example").startswith("252")
+        assert client.ask("VRFY bob@c.example").startswith("550")
+        assert client.ask("VRFY nobody@a.example").startswith("550")
 
 
 REPLIES = {

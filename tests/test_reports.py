@@ -109,11 +109,14 @@ def test_success_here(stores):
         [report] = stores[0].wait("alice@a.example")
     _, one = fields(report)
     assert (one["Action"], one["Status"]) == ("delivered", "2.0.0")
+    returned = report.get_payload(2).get_payload()
+    assert "what came back" in returned
+    assert "Delivered-To" not in returned  # whoever is behind a list
     assert len(stores[0].messages("anna@a.example")) == 1
 
 
 def test_success_at_a_next_host_with_dsn_is_its_business(stores):
-    """It gets NOTIFY passed on, and reports itself, if a way leads back; here none does."""
+    """It gets NOTIFY passed on; this one is like us and writes only to its own, since nobody has logged in there."""
     with pair(stores) as (a, _):
         send(a, ["bob@b.example"], CONTENT, True, [], ["NOTIFY=SUCCESS"])
         stores[1].wait("bob@b.example")
@@ -158,7 +161,18 @@ def test_what_others_say_stays_on_its_line():
     assert not report.defects
 
 
-@pytest.mark.parametrize(("text", "wanted"), [("a+2Bb", "a+b"), ("a+0Ab", "a+0Ab"), ("", ""), ("+E9", "é")])
+def test_a_report_goes_as_the_8_bits_that_it_has(stores):
+    hook = Intercept()
+    with pair(stores, b_options={"intercept": hook}) as (a, _), smtplib.SMTP(a.host, a.port) as client:
+        client.login("alice", "wonderland")
+        client.sendmail("bob@b.example", ["nobody@b.example"], "Subject: é\r\n\r\nö\r\n".encode())
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    [report] = [argument for verb, argument in hook.seen if verb == "MAIL" and argument.startswith("FROM:<>")]
+    assert "BODY=8BITMIME" in report
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("a+2Bb", "a+b"), ("a+0Ab", "a+0Ab"), ("", ""), ("+E9", "+E9")])
 def test_unxtext(text, wanted):
     assert unxtext(text) == wanted
 

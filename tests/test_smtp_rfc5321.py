@@ -52,6 +52,9 @@ PATHS = {  # text: (address, what follows), or None
     '<"a\rb"@c.test>': None,
     "<<a@b.test>>": None,
     "<a@[1.2.3]>": None,
+    "<a@[300.2.3.4]>": None,
+    "<a@[IPv6:1::2::3]>": None,
+    "<a@[IPv6:12345::1]>": None,
     "<@x.test:>": None,
     "<@x.test a@b.test>": None,
 }

@@ -95,9 +95,10 @@ def set_timeout(sock, seconds: float) -> None:
     """Let every wait on a socket end after `seconds`, with TimeoutError or BlockingIOError.
 
     Where the kernel can keep the time, a read is one system call; with settimeout() it is a poll and a read, and each
-    lets another thread take the interpreter (some 15 % of the rate with ten clients).  TLS needs the poll.
+    lets another thread take the interpreter (some 15 % of the rate with ten clients).  TLS needs the poll, and so do
+    sockets that come to us with a timeout, such as smtplib's.
     """
-    if KERNEL_TIMEOUT and type(sock) is socket.socket:
+    if KERNEL_TIMEOUT and sock.gettimeout() is None:
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)

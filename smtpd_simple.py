@@ -52,6 +52,7 @@ MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 wants loops found at no fewer than 100 or so, we meet shorter ways
 READ_BLOCK = 1 << 18  # octets of a message that are read at once
 MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
+ETRN_PAUSE = 1.0  # seconds between two tries that are asked for
 MAX_REPLY_LINES = 200  # of a next host's reply; EHLO's are the longest
 
 # RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII.  The classes say what is not in them: ranges of Unicode take
@@ -76,7 +77,7 @@ MAIL_PARAMETERS = {  # what each may be; None: no value
     "ENVID": rf"(?:[!-*,-<>-~]|{HEXCHAR}){{1,100}}",  # RFC 3461 4.4
 }
 RCPT_PARAMETERS = {
-    "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*)",  # RFC 3461 4.1
+    "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2})",  # RFC 3461 4.1
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
 }
 HELLO = re.compile(rf"[!#-'*+./0-9=?A-Z^-~-]{{1,255}}|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # many a name is no domain
@@ -141,7 +142,7 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
             raise Refused(f"501 5.5.4 {name} is there twice")
         if bool(equals) != bool(known[name]):
             raise Refused(f"501 5.5.4 {name} takes {'a' if known[name] else 'no'} value")
-        if equals and not (value.isprintable() and re.fullmatch(known[name], value)):
+        if equals and not (value.isprintable() and re.fullmatch(known[name], value, re.ASCII)):
             raise Refused(f"501 5.5.4 Bad value for {name}")
         found[name] = value if equals else None
     return found
@@ -406,7 +407,7 @@ class SMTPHandler(LineHandler):
         return [f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"]
 
     def say_hello(self, argument, verb):
-        if not HELLO.fullmatch(argument):
+        if not HELLO.fullmatch(argument) or len(argument) > MAX_DOMAIN:
             raise Refused(f"501 Write {verb} and your host's name")
         self.helo, self.esmtp = argument, verb == "EHLO"
         self.reset()
@@ -585,7 +586,7 @@ class SMTPHandler(LineHandler):
         """Yield the octets of a chunk."""
         blocks = self.reader.blocks(self.server.timeout, READ_BLOCK)
         while size:
-            block = next(blocks)
+            block = self.reader.take(min(size, READ_BLOCK)) or next(blocks)
             if len(block) > size:
                 block, self.reader.buffer[:0] = block[:size], block[size:]
             size -= len(block)
@@ -707,8 +708,8 @@ class SMTPHandler(LineHandler):
             raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
         if not NODE.fullmatch(node) or not node.isprintable() or len(node) > MAX_DOMAIN:
             raise Refused("501 5.5.4 Write ETRN host, ETRN @domain or ETRN #")
-        if not relay.leads_to(node):
-            return f"459 4.7.1 {node} not allowed: no route leads there"
+        if not self.may_ask() or not relay.leads_to(node):
+            return f"459 4.7.1 {node} not allowed: no route leads there, or you have to log in"
         try:
             waiting = relay.waiting_for(node)
             if not waiting:
@@ -812,10 +813,11 @@ class Relay:
     """The queue's worker: sends what waits for other hosts, tries again, and reports to senders.
 
     `default` is the next host for everything that is not local, `routes` those for single domains, each `host` or
-    `host:port`.  A recipient that the next host has taken is never sent to again; only a kill between its 250 and our
-    note of it makes one message arrive twice.  One process works at a time, by a lock in the queue's folder.
-    Options, in seconds: `first_pause`, doubled after each try up to `longest_pause`; `lifetime`, after which a
-    message goes back; `warn_after`, for those who asked for a report on delay; `timeout`, for each answer.
+    `host:port`.  A recipient that the next host has taken is never sent to again, unless the server ends before that
+    could be noted on disk (a kill behind the 250, a full disk).  One process works at a time, by a lock in the queue's
+    folder.  Options, in seconds: `first_pause`, doubled after each try up to `longest_pause`; `lifetime`, after which a
+    message goes back; `warn_after`, for those who asked for a report on delay; `timeout`, for each answer (ten times as
+    long for the one to the message).
     """
 
     def __init__(
@@ -912,10 +914,13 @@ class Relay:
                     self.entries[name] = entry
             for gone in set(self.entries) - names:
                 del self.entries[gone]
+            for entry in [entry for entry in self.entries.values() if not entry["recipients"]]:
+                with contextlib.suppress(OSError):  # as before
+                    self.forget(entry)
             for node in self.store.start_requests():
                 for waiting in itertools.chain.from_iterable(e["recipients"] for e in self.entries.values()):
-                    if self.covers(node, domain_of(waiting)):
-                        waiting["next"] = 0.0
+                    if self.covers(node, domain_of(waiting)):  # but who asks often does not make us knock as often
+                        waiting["next"] = min(waiting["next"], waiting.get("tried", 0.0) + ETRN_PAUSE)
 
     def send_what_is_due(self) -> float:
         """Start a thread for each host that something is due for; return the seconds until the next is."""
@@ -948,13 +953,15 @@ class Relay:
                 entry = self.entries.get(name)
                 if self.stopping.is_set():
                     return
-                if entry and down is None:
-                    down = self.attempt(host, entry, recipients)
-                elif entry:
-                    self.settle(host, entry, recipients, dict.fromkeys(addresses(recipients), down))
-        except Exception:
-            self.log.exception("relay to %s", host)
-            self.stopping.wait(1)
+                try:
+                    if entry and down is None:
+                        down = self.attempt(host, entry, recipients)
+                    elif entry:
+                        self.settle(host, entry, recipients, dict.fromkeys(addresses(recipients), down))
+                except Exception:  # such as a disk that fails: the others need not wait for this one
+                    self.log.exception("%s to %s", name, host)
+                    for waiting in recipients:
+                        waiting["next"] = max(waiting["next"], time.time() + self.first_pause)
         finally:
             del self.active[host]
             self.store.queue_changed.set()
@@ -966,7 +973,7 @@ class Relay:
             client = self.connect(host)
             self.transact(client, entry, recipients, outcomes)
         except OSError as error:  # smtplib's are OSErrors, too
-            why = said(error) or f"{show_address(*host)}: {error}"[:400]
+            why = said(error) or printable(f"{show_address(*host)}: {error}")[:400]
             lost = Outcome("delayed", "4.4.1" if client is None else "4.4.2", why)
             for address in addresses(recipients):
                 outcomes.setdefault(address, lost)
@@ -1068,12 +1075,16 @@ class Relay:
                     for block in stuff(wire(file, READ_BLOCK)):
                         client.sock.sendall(block)
                     client.sock.sendall(b".\r\n")
+                    client.timeout *= 10  # they may have a lot to do now, RFC 5321 4.5.3.2.6
                 except OSError:  # they may have said why they hung up; only a refusal can be meant
                     code, text = client.getreply()
                     if code // 100 not in (4, 5):
                         raise
                     return code, text
-                return client.getreply()
+                try:
+                    return client.getreply()
+                finally:
+                    client.timeout = self.timeout
         return (451 if code // 100 == 2 else code), text  # out of step: what was not sent can't have been taken
 
     def mail_options(self, client, entry: dict) -> str:
@@ -1090,21 +1101,28 @@ class Relay:
     def settle(self, host, entry: dict, recipients: list[dict], outcomes: dict[str, Outcome]) -> None:
         """Note what became of each recipient, durably, and report what their sender wants to hear."""
         with self.guard:
+            now, where = time.time(), show_address(*host) if host else "nowhere"
+            for waiting in recipients:  # first of all, so that whatever fails below does not make us send it again
+                outcome = outcomes.get(waiting["address"], Outcome("delayed", "4.3.0", "our mistake"))
+                self.note(waiting, outcome, now - entry["arrived"])
+                action, error = waiting["action"], waiting["error"]
+                self.log.info("%s to <%s> via %s: %s (%s)", entry["id"], waiting["address"], where, action, error)
+            entry["recipients"] = [r for r in entry["recipients"] if r.get("action") != "relayed"]
             if self.store.envelope(entry["id"]) is None:
                 return  # somebody has taken it out of the queue meanwhile
-            now, where = time.time(), show_address(*host) if host else "nowhere"
-            for waiting in recipients:
-                self.note(waiting, outcomes[waiting["address"]], now - entry["arrived"])
-                self.log.info("%s to <%s> via %s: %s", entry["id"], waiting["address"], where, self.summary(waiting))
             told = [r for r in recipients if r["tell"]]
             if told:
                 self.tell(entry, told, remote_name(host[0]) if host else "")
-            entry["recipients"] = [r for r in entry["recipients"] if r.get("action") not in ("relayed", "failed")]
+            entry["recipients"] = [r for r in entry["recipients"] if r.get("action") != "failed"]
             if entry["recipients"]:
                 self.store.save_envelope(entry)
-            else:  # it stays known until its file is gone: what can't be deleted must not be sent again
-                self.store.unqueue(entry["id"])
-                self.entries.pop(entry["id"], None)
+            else:
+                self.forget(entry)
+
+    def forget(self, entry: dict) -> None:
+        """Remove a message that nobody waits for; while its file can't be removed it stays known, and unsent."""
+        self.store.unqueue(entry["id"])
+        self.entries.pop(entry["id"], None)
 
     def tell(self, entry: dict, recipients: list[dict], host: str) -> None:
         """Report; a failure that can't be reported, since the disk is full, stays in the queue and comes up again."""
@@ -1115,12 +1133,9 @@ class Relay:
                 if waiting["action"] == "failed":
                     waiting.update(action="delayed", next=time.time() + self.first_pause)
 
-    def summary(self, waiting: dict) -> str:
-        return f"{waiting['action']} ({waiting['error']})"
-
     def note(self, waiting: dict, outcome: Outcome, age: float) -> None:
         """Write an attempt's outcome into a recipient's record, with when to try again and whether to tell."""
-        waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False)
+        waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False, tried=time.time())
         waiting["attempts"] += 1
         if outcome.action == "relayed":
             waiting["tell"] = wants(waiting, "SUCCESS") and not outcome.dsn
@@ -1277,7 +1292,7 @@ def status_fields(relay: Relay, entry: dict, recipients: list[dict], host: str) 
         if host:
             lines.append(f"Remote-MTA: dns; {host}")
         if re.match(r"[2-5][0-9][0-9] ", r["error"]):
-            lines.append(f"Diagnostic-Code: smtp; {escape_address(r['error'])}")
+            lines.append(f"Diagnostic-Code: smtp; {escape_address(r['error'])[:900]}")
         if r["action"] == "delayed":
             lines.append(f"Will-Retry-Until: {mail_date(entry['arrived'] + relay.lifetime)}")
     return lines

@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 BLOCK = 1 << 20  # octets of a message that are held in memory; what is beyond streams to disk
+MANY = 1000  # pieces of a message: small ones take thirty times the memory of what is in them
 MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
 MAX_UID = 70  # octets, RFC 1939 7
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -79,8 +80,9 @@ def key(address: str) -> str:
     address = address.lower()
     if "xn--" in address:
         local, at, domain = address.rpartition("@")
-        with contextlib.suppress(UnicodeError):
-            address = local + at + domain.encode("ascii").decode("idna")
+        if at and len(domain) <= MAX_DOMAIN:
+            with contextlib.suppress(UnicodeError):
+                address = local + at + domain.encode("ascii").decode("idna")
     return address
 
 
@@ -139,7 +141,7 @@ class Users:
         if not members:
             raise UsersError(f"{where}: {name} has no members")
         for member in members:
-            if not self.expand(key(member), ()):
+            if not self.expand(key(member)):
                 raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one")
 
     @classmethod
@@ -188,30 +190,29 @@ class Users:
         """Return the accounts that mail for `address` reaches, in order; none when the address is not ours."""
         name = key(address)
         local, _, domain = name.rpartition("@")
-        if not domain or not local:
-            local, domain = name, ""
-        found = self.expand(name, ()) if domain else []
-        if not found and "+" in local:
-            found = self.expand(f"{local.partition('+')[0]}@{domain}", ())
-        if not found and local == "postmaster" and (not domain or domain in self.domains):
+        if not (local and domain):
+            return self.postmaster() if name == "postmaster" else []
+        found = self.expand(name) or self.expand(f"{local.partition('+')[0]}@{domain}")
+        if not found and local == "postmaster" and domain in self.domains:
             found = self.postmaster()
-        for catch_all in (f"*@{domain}", "*"):
-            found = found or (self.expand(catch_all, ()) if domain else [])
-        return found
+        return found or self.expand(f"*@{domain}") or self.expand("*")
 
-    def expand(self, name: str, seen: tuple) -> list[str]:
+    def expand(self, name: str) -> list[str]:
         """Return the accounts behind one key, each once; a list that leads back to itself adds nothing."""
-        if name in self.accounts:
-            return [self.accounts[name]]
-        if name not in self.lists or name in seen:
-            return []
-        reached = [self.expand(key(member), (*seen, name)) for member in self.lists[name][1]]
-        return list(dict.fromkeys(itertools.chain.from_iterable(reached)))
+        found, seen, waiting = {}, set(), [name]
+        while waiting:
+            name = waiting.pop()
+            if name in self.accounts:
+                found[self.accounts[name]] = True
+            elif name in self.lists and name not in seen:
+                seen.add(name)
+                waiting += map(key, reversed(self.lists[name][1]))
+        return list(found)
 
     def postmaster(self) -> list[str]:
         """Return whom `<postmaster>` reaches, which must be somebody (RFC 5321 4.5.1): of that name, else the first."""
         named = [name for name in [*self.accounts, *self.lists] if name.startswith("postmaster@")]
-        return self.expand(named[0], ()) if named else list(self.accounts.values())[:1]
+        return self.expand(named[0]) if named else list(self.accounts.values())[:1]
 
     def is_local(self, domain: str) -> bool:
         """Say whether the users file names a domain."""
@@ -222,8 +223,9 @@ class Users:
         if name.startswith("*"):
             return []
         if "@" not in name:
-            every = [*self.accounts, *self.lists]
-            found = [full for full in every if full.rpartition("@")[0] in (key(name), key(name).partition("+")[0])]
+            name = key(name)
+            wanted, every = (name, name.partition("+")[0]), [*self.accounts, *self.lists]
+            found = [full for full in every if full.rpartition("@")[0] in wanted]
             return [self.written(full) for full in found] or self.mailboxes(name)
         return [self.written(key(name))] if key(name) in self.lists else self.mailboxes(name)[:1]
 
@@ -351,6 +353,8 @@ class Incoming:
         self.held += len(block)
         if self.held >= BLOCK:
             self.spill()
+        elif len(self.blocks) > MANY:
+            self.blocks = [b"".join(self.blocks)]
 
     def spill(self) -> None:
         data = b"".join(self.blocks)
@@ -471,10 +475,16 @@ class Store:
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         os.unlink(probe)
         for name in os.listdir(self.folder):
-            with contextlib.suppress(OSError):
-                for entry in os.scandir(f"{self.folder}/{name}/tmp"):
-                    if entry.stat().st_mtime < time.time() - STALE:
-                        os.unlink(entry.path)
+            self.remove_stale(f"{self.folder}/{name}/tmp")
+        queued = set(self.queue_names())
+        self.remove_stale(self.queue_folder, lambda name: name not in queued and re.fullmatch("[0-9A-F]+", name))
+
+    def remove_stale(self, folder: str, chosen=lambda name: True) -> None:
+        """Remove the files in a folder that a crash has left there long ago."""
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(folder):
+                if chosen(entry.name) and entry.stat().st_mtime < time.time() - STALE:
+                    os.unlink(entry.path)
 
     # ---- users
 
@@ -548,10 +558,10 @@ class Store:
 
     def paths(self, address: str) -> list[str]:
         """Return the files of a mailbox's messages, oldest first."""
-        folder, found = self.mailbox(address), []
+        found = []
         for sub in ("new", "cur"):
-            with contextlib.suppress(FileNotFoundError):
-                found += [(name, f"{folder}/{sub}/{name}") for name in listing(f"{folder}/{sub}")]
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self.mailbox(address)}/{sub}") as entries:
+                found += [(e.name, e.path) for e in entries if not e.name.startswith(".") and e.is_file()]
         return [path for _, path in sorted(found)]
 
     def messages(self, address: str) -> list:
@@ -569,19 +579,19 @@ class Store:
 
         Raises TimeoutError, whose text says what did arrive, after `timeout` seconds.
         """
-        deadline = time.monotonic() + timeout
-        with self.arrived:
-            while True:
-                every = self.messages(address)
-                found = [message for message in every if not match or match(message)]
-                left = deadline - time.monotonic()
-                if len(found) >= count:
-                    return found
-                if left <= 0:
-                    subjects = ", ".join(repr(message["Subject"]) for message in every) or "nothing"
-                    wanted = f"{count} message{'s' * (count != 1)}{' that match' if match else ''}"
-                    raise TimeoutError(f"{address}: waited {timeout} s for {wanted}; there are: {subjects}")
-                self.arrived.wait(min(left, 0.1))  # another process may deliver, and it does not tell us
+        deadline, paths, every = time.monotonic() + timeout, None, []
+        while True:
+            with self.arrived:  # looking and waiting in one: what arrives in between is not missed
+                while (now := self.paths(address)) == paths and (left := deadline - time.monotonic()) > 0:
+                    self.arrived.wait(min(left, 0.1))  # another process may deliver, and it does not tell us
+            if now == paths:
+                subjects = ", ".join(repr(message["Subject"]) for message in every) or "nothing"
+                wanted = f"{count} message{'s' * (count != 1)}{' that match' if match else ''}"
+                raise TimeoutError(f"{address}: waited {timeout} s for {wanted}; there are: {subjects}")
+            paths, every = now, self.messages(address)
+            found = [message for message in every if not match or match(message)]
+            if len(found) >= count:
+                return found
 
     def expect_none(self, address: str, seconds: float) -> None:
         """Raise AssertionError when a mailbox has or gets a message within `seconds`."""
@@ -637,17 +647,18 @@ class Store:
         return [name.removesuffix(".json") for name in listing(self.queue_folder) if name.endswith(".json")]
 
     def envelope(self, name: str) -> dict | None:
-        """Return one queued message's envelope, or None when it is gone (or is none of ours)."""
+        """Return one queued message's envelope, or None when it is gone (or is none of ours); OSError: who knows."""
         try:
             with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
                 entry = json.load(file)
-            known = {key: type(entry[key]) for key in ("id", "sender", "arrived", "octets", "parameters", "recipients")}
-            if list(known.values()) != [str, str, float, int, dict, list] or entry["id"] != name:
+            if entry["id"] != name or not fits(entry, ENTRY_FIELDS):
                 raise ValueError("its fields are not those of a message")
+            if not all(fits(recipient, RECIPIENT_FIELDS) for recipient in entry["recipients"]):
+                raise ValueError("its recipients are none")
             return entry
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if name not in self.damaged:  # once, the relay asks each second
                 log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
                 self.damaged.add(name)
@@ -690,10 +701,22 @@ class Store:
         for name in listing(self.queue_folder):
             if name.endswith(".start"):
                 path = f"{self.queue_folder}/{name}"
-                with open(path, encoding="utf-8") as file:
+                with open(path, encoding="utf-8", errors="replace") as file:
                     nodes.append(file.read())
                 os.unlink(path)
         return nodes
+
+
+ENTRY_FIELDS = {"id": str, "sender": str, "arrived": int | float, "octets": int, "parameters": dict, "recipients": list}
+RECIPIENT_FIELDS = {"address": str, "attempts": int, "next": int | float, "error": str, "warned": bool}
+RECIPIENT_FIELDS |= dict.fromkeys(("notify", "orcpt"), str | None)
+
+
+def fits(record: dict, fields: dict) -> bool:
+    """Say whether what the queue has kept has these fields, of these types, and texts of one line each."""
+    values = [record[name] for name in fields]
+    texts = "".join(value for value in values if isinstance(value, str))
+    return texts.isprintable() and all(map(isinstance, values, fields.values()))
 
 
 def listing(folder: str) -> list[str]:

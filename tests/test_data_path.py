@@ -12,7 +12,7 @@ import smtpd_simple
 from lineserver import stuff
 from pop3d_simple import top
 from smtpd_simple import Newlines, unstuff
-from store import wire
+from store import Incoming, wire
 
 
 def pieces(data, size):
@@ -248,6 +248,14 @@ def test_one_data_is_one_message(smtp, store, name):
         content = file.read()
     assert b"MAIL FROM:<evil" in content
     assert content.count(b"\n") == content.count(b"\r") == content.count(b"\r\n")
+
+
+def test_a_message_in_tiny_pieces_takes_no_more_memory_than_in_one(store):
+    incoming = Incoming(store, [])
+    for _ in range(20_000):
+        incoming.write(b"\r\n")
+    assert len(incoming.blocks) <= 1001
+    assert b"".join(incoming.blocks) == b"\r\n" * 20_000
 
 
 def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store):

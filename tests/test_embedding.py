@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import mailbox
+import os
 import poplib
 import re
 import smtplib
@@ -76,6 +77,28 @@ def test_wait_wakes_up_at_once(store, smtp):
         send(smtp, f"Subject: {n}\r\n\r\n".encode())
     waiter.join()
     assert [message["Subject"] for message in got] == ["0", "1"]
+
+
+def test_mail_arrives_while_match_looks(store, smtp):
+    """`match` may take its time, and even send mail: deliveries do not wait for it."""
+
+    def match(message):
+        if message["Subject"] == "hi":
+            send(smtp, b"Subject: second\r\n\r\n")
+        return message["Subject"] == "second"
+
+    send(smtp)
+    [message, *_] = store.wait("alice@example.test", match=match)
+    assert message["Subject"] == "second"
+
+
+def test_what_is_no_file_is_no_message(store, smtp):
+    send(smtp)
+    os.mkdir(f"{store.mailbox('alice@example.test')}/new/folder")
+    os.symlink("nowhere", f"{store.mailbox('alice@example.test')}/cur/link")
+    assert len(store.messages("alice@example.test")) == 1
+    store.clear()
+    assert store.messages("alice@example.test") == []
 
 
 def test_wait_says_what_did_arrive(store, smtp):

@@ -153,8 +153,13 @@ def test_stale_files_in_tmp_are_removed_at_the_start(store):
         with open(path, "w"):
             pass
         os.utime(path, (time.time() - age,) * 2)
+    for name in ("AB", "AC", "AC.json", "lock"):
+        with open(f"{store.queue_folder}/{name}", "w") as file:
+            pass
+        os.utime(file.name, (0, 0))
     Store(store.folder, {"alice@example.test": "x"})
     assert os.listdir(f"{folder}/tmp") == ["young"]
+    assert sorted(os.listdir(store.queue_folder)) == ["AC", "AC.json", "lock", "tmp"]
 
 
 # ---- kills

@@ -1,6 +1,7 @@
 """From one server to the next: routes, the queue, retries, ETRN, loops (RFC 5321, 1985)."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -606,6 +607,55 @@ def test_the_queue_survives_a_kill(tmp_path):
     assert len(b_store.messages("bob@b.example")) == 20
 
 
+def test_a_shortage_behind_the_250_sends_nothing_twice(stores, monkeypatch):
+    """The next host has taken it, and just then no file can be opened."""
+    real, failed = stores[0].envelope, []
+
+    def envelope(name):
+        if stores[1].paths("bob@b.example") and not failed:
+            failed.append(name)
+            raise OSError(errno.EMFILE, "too many open files")
+        return real(name)
+
+    monkeypatch.setattr(stores[0], "envelope", envelope)
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"])
+        assert empty(stores[0])
+        send(a, ["bob@b.example"])
+        assert empty(stores[0])
+    assert failed
+    assert len(stores[1].messages("bob@b.example")) == 2
+
+
+def test_the_reply_to_a_message_may_take_its_time(stores):
+    """RFC 5321 4.5.3.2.6: longer than other replies, for who does not wait gets a duplicate made."""
+
+    def scan(session, verb, argument):
+        if verb == ".":
+            session.server.stopping.wait(0.5)
+
+    with pair(stores, {**FAST, "timeout": 0.2}, {"intercept": scan}) as (a, _):
+        send(a, ["bob@b.example"])
+        assert empty(stores[0])
+    assert len(stores[1].messages("bob@b.example")) == 1
+
+
+def test_who_asks_often_does_not_make_us_knock_as_often(stores, monkeypatch):
+    monkeypatch.setattr("smtpd_simple.ETRN_PAUSE", 1000)
+    hook = Intercept(RCPT=["450 4.2.1 busy"] * 1000)
+    with pair(stores, {"first_pause": 1000}, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
+        send(a, ["bob@b.example"])
+        until_tried(stores[0])
+        client.reply()
+        for _ in range(20):
+            assert client.ask("ETRN b.example").startswith("253 2.0.0 1 message waiting")
+        send(a, ["bill@b.example"])  # tried, so those requests have been seen before
+        deadline = time.monotonic() + 5
+        while not all(entry["recipients"][0]["attempts"] for entry in stores[0].queued()):
+            assert time.monotonic() < deadline
+        assert [verb for verb, _ in hook.seen].count("CONNECT") == 2
+
+
 def test_one_process_works_on_the_queue(stores):
     with pair(stores) as (a, _):
         send(a, ["bob@b.example"])
@@ -616,9 +666,27 @@ def test_one_process_works_on_the_queue(stores):
     os.close(fd)
 
 
-def test_a_damaged_envelope_harms_nobody(stores, caplog):
+RECIPIENT = {"address": "x@b.example", "notify": None, "orcpt": None}
+RECIPIENT |= {"attempts": 0, "next": 0.0, "error": "", "warned": False}
+ENTRY = {"id": "AAAA", "sender": "", "arrived": 0.0, "octets": 9, "parameters": {}, "recipients": [RECIPIENT]}
+DAMAGED = {
+    "cut off": "{",
+    "a list": [],
+    "another's id": ENTRY | {"id": "BBBB"},
+    "no recipients": ENTRY | {"recipients": {}},
+    "a recipient that is none": ENTRY | {"recipients": [1]},
+    "a recipient without a time": ENTRY | {"recipients": [{"address": "x@b.example"}]},
+    "a command in an address": ENTRY | {"recipients": [RECIPIENT | {"address": "x@b.example>\r\nQUIT"}]},
+    "a parameter that is none": ENTRY | {"recipients": [RECIPIENT | {"notify": 1}]},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_envelope_harms_nobody(stores, caplog, kind):
     with open(f"{stores[0].queue_folder}/AAAA.json", "w") as file:
-        file.write("{")
+        file.write(DAMAGED[kind] if kind == "cut off" else json.dumps(DAMAGED[kind]))
+    with open(f"{stores[0].queue_folder}/1.start", "wb") as file:
+        file.write(b"\xff")
     with pair(stores) as (a, _):
         for n in range(1, 4):
             send(a, ["bob@b.example"])

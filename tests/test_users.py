@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from store import Store, Users, UsersError, hash_password
+from store import Store, Users, UsersError, hash_password, key
 
 GOOD = """\
 # comment
@@ -63,6 +63,22 @@ def test_a_catch_all_for_everything():
     assert users.mailboxes("bob@b.test") == ["bob@b.test"]
     assert users.mailboxes("nodomain") == []
     assert users.mailboxes("") == []
+
+
+def test_lists_of_lists_without_end():
+    """A long chain, a ladder that doubles at each rung, and circles: each list is looked into once."""
+    chain = {f"l{n}@x.test": [f"l{n + 1}@x.test"] for n in range(3000)}
+    assert Users.of({**chain, "l3000@x.test": "pw"}).mailboxes("l0@x.test") == ["l3000@x.test"]
+    ladder = {f"{side}{n}@x.test": [f"l{n + 1}@x.test", f"m{n + 1}@x.test"] for n in range(40) for side in "lm"}
+    users = Users.of({**ladder, "l40@x.test": "pw", "m40@x.test": ["l40@x.test", "l0@x.test"]})
+    assert users.mailboxes("m0@x.test") == ["l40@x.test"]
+
+
+def test_a_name_of_a_thousand_labels_is_not_decoded(monkeypatch):
+    """IDNA costs a millisecond a label or so: what can't be a domain is compared as it is."""
+    for name in ("xn--mgba." * 400, "a@" + "xn--mgba." * 40):
+        assert key(name) == name
+    assert key("A@XN--FSQU00A.example") == "a@例子.example"
 
 
 def test_postmaster_is_the_first_account_otherwise():

@@ -35,17 +35,20 @@ MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RF
 MAX_SASL_LINE = 12288  # octets of an answer in a login, RFC 4954 4
 MAX_ERRORS = 20  # in a row; a good command starts the count again
 MAX_LOGINS = 5  # failed ones on one connection
-MAX_GUESSES = 100  # failed ones from one address, without a good one between them ...
+MAX_GUESSES = 100  # failed ones from one address, but for those of accounts that got in at last ...
 GUESS_MEMORY = 600  # ... until it has been quiet for these seconds
+MAX_GUESSERS = 10_000  # addresses that are remembered
 LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
 HANDSHAKE = 30  # seconds for a TLS handshake
 LINGER = 2  # seconds in which a client that still sends may read our last words
 SPARE_THREADS = 32  # threads that wait for a connection at most
 STOPPING = 6  # seconds that sessions have to end when the server stops
+LAST_WAIT = 0.5  # seconds that they have once their connections are cut
 SEND_BLOCK = 1 << 17  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
 
 KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs there
+HTTP = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "HOST:"}
 ENDING = {signal.SIGINT, signal.SIGTERM}
 SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -84,11 +87,9 @@ def show_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def own_name() -> str:
-    """Return this machine's name, without asking DNS; what no host name may have becomes a hyphen."""
-    return (
-        "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in socket.gethostname()) or "localhost"
-    )
+def is_host_name(name: str) -> bool:
+    """Say whether a name can stand in a greeting, a header and a file name; an address in brackets can, too."""
+    return 0 < len(name) <= 255 and all(c.isascii() and (c.isalnum() or c in ".-_[]:") for c in name)
 
 
 def set_timeout(sock, seconds: float) -> None:
@@ -151,9 +152,7 @@ class LineReader:
         self.before_waiting()
         if seconds <= 0:
             raise TimeoutError
-        if seconds != self.seconds:
-            set_timeout(self.sock, seconds)
-            self.seconds = seconds
+        self.limit(seconds)
         try:
             block = self.sock.recv(size)
         except (TimeoutError, BlockingIOError):
@@ -163,6 +162,12 @@ class LineReader:
         if not block:
             raise Disconnect("the client left")
         return block
+
+    def limit(self, seconds: float) -> None:
+        """Let every wait on the socket end after `seconds`, also for sending."""
+        if seconds != self.seconds:
+            set_timeout(self.sock, seconds)
+            self.seconds = seconds
 
     def readline(self, limit: int, seconds: float) -> bytes:
         """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
@@ -284,6 +289,7 @@ class LineHandler(socketserver.BaseRequestHandler):
             if reply is None:
                 self.allow(verb, argument)
                 if verb not in self.commands:
+                    self.refuse_strangers(verb)
                     raise Refused(self.replies["unknown"])
                 reply = self.commands[verb](self, argument)
         except Refused as refusal:
@@ -291,8 +297,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         except TimeoutError:
             raise
         except OSError as error:  # sockets raise Disconnect, so this is the disk
-            self.logger.error("%s %s: %s", self.tag(), verb, error)
-            reply = self.store_failed(error)
+            reply = self.store_failed(verb if verb in self.commands else "?", error)
         if not isinstance(reply, str) or not reply.startswith(self.error):
             self.errors = 0
         else:
@@ -301,14 +306,20 @@ class LineHandler(socketserver.BaseRequestHandler):
         return reply
 
     def allow(self, verb: str, argument: str) -> None:
-        """Raise Refused when the rules of a protocol forbid a command here and now."""
+        """Look at each command first; a protocol whose rules forbid it here and now raises Refused."""
+
+    def refuse_strangers(self, verb: str) -> None:
+        """Hang up on a web browser: any page can make one send our commands behind a POST."""
+        if verb in HTTP:
+            raise Disconnect("speaks HTTP", self.replies["unknown"])
 
     def intercepted(self, verb: str, argument: str) -> str | None:
         """Return what the embedding program's hook answers in our place, if it wants to."""
         return self.server.intercept(self, verb, argument) if self.server.intercept else None
 
-    def store_failed(self, error: OSError) -> str:
-        """Return the reply to a command that the disk made fail."""
+    def store_failed(self, what: str, error: OSError) -> str:
+        """Log what the disk did to a command or message; return the reply."""
+        self.logger.error("%s %s: %s", self.tag(), what, error)
         return self.replies["disk"]
 
     # ---- lines in and out
@@ -351,37 +362,34 @@ class LineHandler(socketserver.BaseRequestHandler):
         if self.pending_size > SEND_BLOCK:
             self.flush()
 
-    def flush(self) -> None:
-        """Send what is waiting; raise Disconnect when the client can't be reached or does not read."""
+    def flush(self, seconds: float | None = None) -> None:
+        """Send what is waiting; raise Disconnect when the client can't be reached or does not read.
+
+        A client that reads an octet a minute does not hold the session: what is sent at once has a deadline as a whole.
+        """
         if not self.pending:
             return
         data = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
         self.pending, self.pending_size = [], 0
+        seconds = seconds or self.server.timeout
+        deadline = time.monotonic() + seconds
         try:
+            self.reader.limit(seconds)
             sent = self.request.send(data)
-            if sent < len(data):
-                self.send_rest(memoryview(data)[sent:])
+            while sent < len(data):  # a TLS record has been sent, or the client has not read for a while
+                if time.monotonic() > deadline:
+                    raise Disconnect("does not read")
+                sent += self.request.send(memoryview(data)[sent:])
+        except (TimeoutError, BlockingIOError):
+            raise Disconnect("does not read") from None
         except OSError as error:
             raise Disconnect(f"lost: {error.strerror or error}") from None
-
-    def send_rest(self, data: memoryview) -> None:
-        """Send on where send() has stopped half-way: behind a TLS record, or when the client did not read for a while.
-
-        A client that reads an octet a minute does not hold the session: what is sent at once has a deadline as a whole.
-        """
-        deadline = time.monotonic() + self.server.timeout
-        while data:
-            if time.monotonic() > deadline:
-                raise TimeoutError(errno.ETIMEDOUT, "the client does not read")
-            data = data[self.request.send(data) :]
 
     def close(self, farewell: str | None, linger: bool) -> None:
         """Say the last words, if any."""
         try:
             self.reply(farewell)
-            if linger:
-                set_timeout(self.request, LINGER)
-            self.flush()
+            self.flush(LINGER if linger else None)
             if self.tls:
                 self.request.setblocking(False)
                 with contextlib.suppress(OSError):
@@ -468,7 +476,12 @@ class LineHandler(socketserver.BaseRequestHandler):
             raise Refused(self.replies["plain"])
         users, name = self.server.store.users, rest[0].decode("utf-8", "replace")
         other = identity and users.login_address(identity.decode("utf-8", "replace")) != users.login_address(name)
-        return self.log_in(name, None if other else lambda: users.check_password(name, rest[1]))
+
+        def check() -> str | None:
+            found = users.check_password(name, rest[1])  # in any case: the time that it takes must not tell names
+            return None if other else found
+
+        return self.log_in(name, check)
 
     def sasl_login(self, initial):
         name = self.opening(initial, b"Username:").decode("utf-8", "replace")
@@ -494,14 +507,14 @@ class LineHandler(socketserver.BaseRequestHandler):
         guesses, host = self.server.guesses, self.peer[0]
         if guesses.exhausted(host):
             raise Disconnect("too many failed logins from this address", self.replies["logins"])
-        address = check() if check else None
+        address = check()
         if address:
-            guesses.forgive(host)
+            guesses.forgive(host, name)
             self.log("logged in as %s", address)
             return address
         self.failed_logins += 1
         self.log("failed login %d as %s", self.failed_logins, printable(name[:100]))
-        self.server.stopping.wait(guesses.failed(host))
+        self.server.stopping.wait(guesses.failed(host, name))
         if self.failed_logins >= MAX_LOGINS:
             self.reply(self.replies["wrong"])
             raise Disconnect("too many failed logins", self.replies["logins"])
@@ -541,26 +554,30 @@ class Guesses:
     def __init__(self, first_delay: float):
         self.first_delay, self.lock, self.known = first_delay, threading.Lock(), {}
 
-    def failed(self, host: str) -> float:
+    def failed(self, host: str, name: str) -> float:
         """Count one more failure; return the seconds that its answer has to wait."""
         with self.lock:
-            if len(self.known) > 10_000:
+            if len(self.known) > MAX_GUESSERS:
                 self.known.clear()
-            count = self.count(host) + 1
-            self.known[host] = (count, time.monotonic())
+            names = self.recent(host)
+            names[name] = names.get(name, 0) + 1
+            self.known[host] = names, time.monotonic()
+            count = sum(names.values())
         return min(self.first_delay * 2 ** min(count - 1, 10), LONGEST_DELAY)
 
-    def count(self, host: str) -> int:
-        count, last = self.known.get(host, (0, 0.0))
-        return count if time.monotonic() - last < GUESS_MEMORY else 0
+    def recent(self, host: str) -> dict[str, int]:
+        """Return how often logins from an address have failed lately, by the name that they gave."""
+        names, last = self.known.get(host, ({}, 0.0))
+        return names if time.monotonic() - last < GUESS_MEMORY else {}
 
     def exhausted(self, host: str) -> bool:
         """Say whether an address has guessed so often that it is not listened to for a while."""
-        return self.count(host) >= MAX_GUESSES
+        return sum(list(self.recent(host).values())) >= MAX_GUESSES
 
-    def forgive(self, host: str) -> None:
-        """Forget the failures of an address from which somebody has logged in."""
-        self.known.pop(host, None)
+    def forgive(self, host: str, name: str) -> None:
+        """Forget the failures of somebody who has logged in; what was tried under other names stays counted."""
+        if host in self.known:
+            self.recent(host).pop(name, None)
 
 
 # ---------------------------------------------------------------- one listener
@@ -598,7 +615,9 @@ class LineServer(socketserver.ThreadingTCPServer):
         trace: bool = False,
         intercept=None,
     ):
-        self.store, self.hostname = store, hostname or own_name()
+        self.store, self.hostname = store, hostname or store.host
+        if not is_host_name(self.hostname):
+            raise ValueError(f"{self.hostname!a} is not a host name")
         self.logger = logging.getLogger(handler.protocol.lower())
         self.log = self.logger.info  # takes each fact about a session
         if tls_self_signed:
@@ -749,8 +768,12 @@ class LineServer(socketserver.ThreadingTCPServer):
         deadline = time.monotonic() + seconds
         # In a process that shares its listener the threads without a session go on waiting at it.
         threads = {session.thread for session in list(self.sessions)} if self.shared else set(self.threads)
-        for thread in threads - {threading.current_thread()}:
-            thread.join(max(deadline - time.monotonic(), 0))
+        join(threads, deadline)
+        if left := list(self.sessions):  # such as those whose clients do not read what they have asked for
+            for session in left:
+                with contextlib.suppress(OSError, ValueError):
+                    socket.socket.shutdown(session.request, socket.SHUT_RDWR)
+            join([session.thread for session in left], time.monotonic() + LAST_WAIT)
         super().server_close()
 
     def shutdown(self) -> None:
@@ -765,6 +788,13 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
+def join(threads, deadline: float) -> None:
+    """Wait for threads until a time of the monotonic clock."""
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(deadline - time.monotonic(), 0))
+
+
 # ---------------------------------------------------------------- TLS certificates
 
 
@@ -776,12 +806,14 @@ def tls_context(cert: str, key: str | None):
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A connection that ends without a close_notify has ended, and begin_stop() ends reading so: it may still be told.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    for path in (cert, key or cert):  # ssl does not say which of them it is
+        with open(path, "rb"):
+            pass
     try:
-        context.load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise ValueError(f"{cert}, {key or cert}: not a certificate and its key ({error.reason or error})") from None
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, cert if not os.path.exists(cert) else key) from None
+        context.load_cert_chain(cert, key, password="")  # nobody is asked for one
+    except (ssl.SSLError, OSError) as error:
+        why = getattr(error, "reason", None) or "the key wants a password, perhaps"
+        raise ValueError(f"{cert}, {key or cert}: not a certificate and its key ({why})") from None
     return context
 
 
@@ -853,8 +885,9 @@ class Trace:
 
 def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     """Add the options that both programs have to an argparse parser."""
+    parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="H", help="address to listen on (%(default)s: this machine only)")
+    add("--host", type=host, default="127.0.0.1", metavar="H", help="where to listen (%(default)s: this machine only)")
     add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
     for flag, usual in tls_ports:
         add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
@@ -865,14 +898,8 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
     add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
     add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
-    add(
-        "--max-connections",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="sessions, per process and port (%(default)s)",
-    )
-    add("--timeout", type=positive, metavar="SECONDS", help="for a line to arrive, then the session ends")
+    add("--max-connections", type=positive, default=1000, metavar="N", help="per process and port (%(default)s)")
+    add("--timeout", type=seconds, metavar="SECONDS", help="for a line to arrive, then the session ends")
     add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -885,17 +912,31 @@ def option_error(what: str) -> Exception:
     return argparse.ArgumentTypeError(what)
 
 
+def host(text: str) -> str:
+    """Read an address or a name for argparse."""
+    if not (text and text.isprintable()):
+        raise option_error(f"{text!a} is not a host")
+    return text
+
+
 def port_number(text: str) -> int:
     """Read a port for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text[:9]) < 65536):
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
         raise option_error(f"{text!r} is not a port, 0 to 65535")
     return int(text)
 
 
 def positive(text: str) -> int:
     """Read a number above zero for argparse."""
-    if not (text.isascii() and text.isdigit() and int(text[:18]) > 0):
+    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) > 0):
         raise option_error(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def seconds(text: str) -> int:
+    """Read a time for argparse, three years at most."""
+    if positive(text) > 10**8:
+        raise option_error(f"{text!r} is too long a time")
     return int(text)
 
 
@@ -976,6 +1017,7 @@ def listen(make, address: tuple[str, int], *args, **options):
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
     log_to_stderr(servers)
+    take_descriptors()
     hold_signals()
     threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
     announce(servers, notice)
@@ -985,6 +1027,15 @@ def run(servers: list[LineServer], processes: int, notice: str) -> int:
     else:
         supervise(servers, processes)
     return 0
+
+
+def take_descriptors() -> None:
+    """Raise the soft limit on open files to the hard one: the usual 1024 are too few for two listeners' sessions."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def announce(servers: list[LineServer], notice: str) -> None:
@@ -1062,8 +1113,13 @@ def supervise(servers: list[LineServer], processes: int) -> None:
         time.sleep(0.1)  # one that can't live must not keep us busy
     for pid in children:
         os.kill(pid, signal.SIGTERM)
-    for pid in children:
-        os.waitpid(pid, 0)
+    deadline = time.monotonic() + STOPPING + 3
+    while children:
+        children = {pid: index for pid, index in children.items() if not os.waitpid(pid, os.WNOHANG)[0]}
+        if time.monotonic() > deadline:  # one that somebody has stopped would not hear anything else
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -> int:

@@ -285,7 +285,7 @@ class Arrival:
         try:
             self.incoming.write(block)
         except OSError as error:
-            self.refuse(self.session.store_failed(error))
+            self.refuse(self.session.store_failed(self.envelope.id, error))
 
     def refuse(self, reply: str) -> None:
         self.refusal = self.refusal or reply
@@ -306,8 +306,7 @@ class Arrival:
         try:
             paths = self.incoming.commit(session.queue_entry(envelope, self.octets))
         except OSError as error:
-            session.logger.error("%s %s: %s", session.tag(), envelope.id, error)
-            return session.store_failed(error)
+            return session.store_failed(envelope.id, error)
         session.stored(envelope, self.octets, paths)
         return f"250 2.0.0 Ok: queued as {envelope.id}"
 
@@ -357,9 +356,9 @@ class SMTPHandler(LineHandler):
     def greeting(self):
         return f"220 {self.server.hostname} ESMTP smtpd_simple, ready"
 
-    def store_failed(self, error):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return self.replies["full" if full else "disk"]
+    def store_failed(self, what, error):
+        disk = super().store_failed(what, error)
+        return self.replies["full"] if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else disk
 
     def start_tls(self):
         super().start_tls()
@@ -876,14 +875,15 @@ class Relay:
             self.thread = threading.Thread(target=self.work, daemon=True, name="relay")
             self.thread.start()
 
-    def stop(self, seconds: float = 3) -> None:
-        """Stop; a transaction under way gets `seconds` to end, otherwise it is tried again another time."""
+    def begin_stop(self) -> None:
+        """Begin nothing new."""
         self.stopping.set()
         self.store.queue_changed.set()
-        deadline = time.monotonic() + seconds
-        for thread in [self.thread, *self.active.values()]:
-            if thread:
-                thread.join(max(deadline - time.monotonic(), 0))
+
+    def stop(self, seconds: float = 2) -> None:
+        """Stop; a transaction under way gets `seconds` to end, otherwise it is tried again another time."""
+        self.begin_stop()
+        lineserver.join(filter(None, [self.thread, *self.active.values()]), time.monotonic() + seconds)
         for client in list(self.clients):  # close() would wait for the thread that reads
             with contextlib.suppress(OSError, AttributeError):
                 client.sock.shutdown(socket.SHUT_RDWR)
@@ -1330,8 +1330,9 @@ class SMTPServer(LineServer):
         **options,
     ):
         self.require_auth, self.size_limit, self.on_message = require_auth, size_limit, on_message
-        if not isinstance(relay, Relay):
-            hostname = options.get("hostname") or lineserver.own_name()
+        self.owns_relay = not isinstance(relay, Relay)
+        if self.owns_relay:
+            hostname = options.get("hostname") or store.host
             relay = Relay(store, hostname, relay, as_routes(route), **(relay_options or {}))
         self.relay = relay
         super().__init__(address, SMTPHandler, store, **options)
@@ -1340,9 +1341,15 @@ class SMTPServer(LineServer):
         super().start()
         self.relay.start()
 
+    def begin_stop(self) -> None:
+        super().begin_stop()
+        if self.owns_relay:
+            self.relay.begin_stop()
+
     def server_close(self, seconds: float = lineserver.STOPPING) -> None:
         super().server_close(seconds)
-        self.relay.stop()
+        if self.owns_relay:
+            self.relay.stop()
 
 
 def as_routes(given) -> dict[str, str]:
@@ -1422,11 +1429,12 @@ def load_intercept(path: str):
     import runpy
 
     try:
-        return runpy.run_path(path)["intercept"]
-    except KeyError:
-        raise ValueError(f"{path} defines no function intercept") from None
-    except Exception as error:
+        hook = runpy.run_path(path).get("intercept")
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    if not callable(hook):
+        raise ValueError(f"{path} defines no function intercept")
+    return hook
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def test_a_client_that_reads_an_octet_now_and_then(monkeypatch):
     monkeypatch.setattr("lineserver.time.monotonic", lambda: next(seconds))
     session = SMTPHandler.__new__(SMTPHandler)
     session.server = types.SimpleNamespace(timeout=10)
+    session.reader = types.SimpleNamespace(limit=lambda seconds: None)
     session.request = types.SimpleNamespace(send=lambda data: sent.append(bytes(data[:1])) or 1)
     for text in (b"quick", b"not so quick"):
         session.pending = [text]
@@ -240,12 +241,13 @@ def test_no_descriptors_left(tmp_path):
 
 def test_guessing_gets_slower_and_ends():
     guesses = Guesses(0.25)
-    assert [guesses.failed("a") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
-    assert guesses.failed("b") == 0.25
-    guesses.forgive("a")
-    assert guesses.failed("a") == 0.25
-    for _ in range(100):
-        guesses.failed("b")
+    assert [guesses.failed("a", "alice") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
+    assert guesses.failed("b", "alice") == 0.25
+    guesses.forgive("a", "alice")
+    assert guesses.failed("a", "alice") == 0.25
+    for n in range(100):
+        guesses.failed("b", f"name {n % 7}")
+        guesses.forgive("b", "bob")  # who has an account does not get more guesses at others
     assert guesses.exhausted("b")
     assert not guesses.exhausted("a")
 
@@ -313,6 +315,18 @@ def test_what_a_client_says_reaches_nothing_raw(store, caplog, octets):
     for path in store.paths("alice@example.test"):
         with open(path, "rb") as file:
             assert octets not in file.read().replace(b"\r\n", b"")
+
+
+def test_a_client_that_does_not_read_holds_up_no_stop(store, deliver):
+    deliver(b"Subject: x\r\n\r\n" + b"0123456789abcde\r\n" * 1_000_000)
+    with POP3Server(("127.0.0.1", 0), store) as pop3, Line(pop3.host, pop3.port) as client:
+        client.send("USER alice\r\nPASS wonderland\r\nRETR 1\r\n")
+        client.sock.recv(1)
+        while not any(session.maildrop for session in pop3.sessions):
+            pass
+        pop3.server_close(0.1)
+        assert not pop3.sessions
+        Maildrop(store, "alice@example.test").close()
 
 
 def test_printable():

@@ -83,6 +83,13 @@ def test_a_disk_that_fails(synced, monkeypatch, step, code, reply):
     assert synced.messages("alice@example.test")[-1]["Subject"] == "hi"
 
 
+def test_a_disk_that_fails_is_in_the_log(synced, monkeypatch, caplog):
+    with SMTPServer(("127.0.0.1", 0), synced) as smtp:
+        Failing(monkeypatch, "write", 3, errno.ENOSPC, lambda fd, data: len(data) > 100)
+        send(smtp, BIG)
+    assert "No space left on device" in caplog.text
+
+
 def test_a_full_disk_refuses_all_recipients(synced, monkeypatch):
     with SMTPServer(("127.0.0.1", 0), synced) as smtp, smtplib.SMTP(smtp.host, smtp.port) as client:
         Failing(monkeypatch, "write", 2, fits=lambda fd, data: len(data) > 100)

@@ -656,6 +656,17 @@ def test_who_asks_often_does_not_make_us_knock_as_often(stores, monkeypatch):
         assert [verb for verb, _ in hook.seen].count("CONNECT") == 2
 
 
+def test_a_shared_relay_outlives_one_of_its_servers(stores):
+    with SMTPServer(("127.0.0.1", 0), stores[1]) as b:
+        relay = Relay(stores[0], "a.example", f"127.0.0.1:{b.port}", **FAST)
+        with SMTPServer(("127.0.0.1", 0), stores[0], relay=relay) as first:
+            with SMTPServer(("127.0.0.1", 0), stores[0], relay=relay):
+                pass
+            send(first, ["bob@b.example"])
+            stores[1].wait("bob@b.example")
+        relay.stop()
+
+
 def test_one_process_works_on_the_queue(stores):
     with pair(stores) as (a, _):
         send(a, ["bob@b.example"])

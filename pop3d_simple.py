@@ -15,6 +15,7 @@ The states of RFC 1939 are the two tables at the end of `POP3Handler`; the maild
 store.py, a snapshot under an exclusive lock.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -220,7 +221,7 @@ class POP3Handler(LineHandler):
         return self.per_message(argument, self.maildrop.sizes, self.scan())
 
     def uidl(self, argument):
-        return self.per_message(argument, self.maildrop.uids(), "unique-id listing follows")
+        return self.per_message(argument, self.maildrop.uids, "unique-id listing follows")
 
     def per_message(self, argument, values, title):
         """Answer LIST and UIDL: one message's value, or a line for each."""
@@ -234,7 +235,7 @@ class POP3Handler(LineHandler):
 
     def retr(self, argument):
         index = self.message(argument)
-        return self.send(index, f"+OK {self.maildrop.sizes[index]} octets")
+        return self.send(index, "+OK {} octets")
 
     def top(self, argument):
         which, _, count = argument.partition(" ")
@@ -244,19 +245,20 @@ class POP3Handler(LineHandler):
     def send(self, index, reply, lines=None):
         """Send a message, or the top of it, as it goes over the wire."""
         try:
-            file = self.maildrop.open(index)
+            fd, octets = self.maildrop.open(index)
         except FileNotFoundError:
             raise Refused(f"-ERR message {index + 1} is gone: another program has removed it") from None
         sent, first = 0, b""
-        self.reply(reply)
+        self.reply(reply.format(octets))
         try:
-            with file:
-                blocks = wire(file, min(self.maildrop.sizes[index] + 2, READ_BLOCK))
-                for block in stuff(blocks if lines is None else top(blocks, lines)):
-                    self.write(block)
-                    sent, first = sent + len(block), first or block
+            blocks = wire(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
+            for block in stuff(blocks if lines is None else top(blocks, lines)):
+                self.write(block)
+                sent, first = sent + len(block), first or block
         except OSError as error:  # in the middle of a message there is no way to say so
             raise Disconnect(f"message {index + 1}: {error}") from None
+        finally:
+            os.close(fd)
         self.trace_data("S", first, sent)
         self.write(b".\r\n")
 

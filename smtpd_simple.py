@@ -1072,7 +1072,7 @@ class Relay:
             code, text = client.docmd("DATA")
             if code == 354:
                 try:
-                    for block in stuff(wire(file, READ_BLOCK)):
+                    for block in stuff(wire(file.read, READ_BLOCK)):
                         client.sock.sendall(block)
                     client.sock.sendall(b".\r\n")
                     client.timeout *= 10  # they may have a lot to do now, RFC 5321 4.5.3.2.6

@@ -19,7 +19,10 @@ and, as a program: `python store.py accounts | list ADDRESS | show ADDRESS N | w
 """
 
 import binascii
+import collections
 import contextlib
+import errno
+import functools
 import io
 import itertools
 import json
@@ -39,6 +42,7 @@ MANY = 1000  # pieces of a message: small ones take thirty times the memory of w
 MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
 MAX_UID = 70  # octets, RFC 1939 7
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # for what turns out to be no file
 CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
 STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
@@ -756,11 +760,10 @@ class Maildrop:
 
     def __init__(self, store: Store, address: str):
         self.store, self.folder = store, store.mailbox(address)
-        self.lock = None
+        self.lock, self.measured = None, {}
         try:
             self.open_folder()
         except FileNotFoundError:  # no mail yet, or somebody took the folder away
-            self.close()
             store.make_folder(self.folder)
             self.open_folder()
 
@@ -790,55 +793,58 @@ class Maildrop:
 
     def measure(self, names: list[str]) -> tuple[list[str], list[int]]:
         """Return those names that are messages, and their sizes, with the help of what was measured before."""
-        known, now, kept, sizes = self.read_sizes(), {}, [], []
+        known, kept, sizes = self.read_sizes(), [], []
         for name in names:
             if match := WIRE_SIZE.search(name):
                 size = int(match[1])
             else:
                 try:
                     state = os.stat(self.path(name))
-                    if not stat.S_ISREG(state.st_mode):
-                        continue
-                    stamp = f"{state.st_size} {state.st_mtime_ns} {name}"
-                    size = known.get(stamp)
-                    if size is None:
-                        size = self.wire_size(name, state.st_size)
                 except OSError:
                     continue  # gone again
-                now[stamp] = size
+                if not stat.S_ISREG(state.st_mode):
+                    continue
+                size = self.measure_file(name, state, known)
             kept.append(name)
             sizes.append(size)
-        if now != known:
-            self.write_sizes(now)
+        if self.measured != known:
+            self.write_sizes()
         return kept, sizes
 
-    def wire_size(self, name: str, octets: int) -> int:
-        """Return the size on the wire of a file of so many octets."""
-        if octets >= BLOCK:
-            with open(self.path(name), "rb", buffering=0) as file:
-                return sum(map(len, wire(file)))
-        fd = os.open(self.path(name), os.O_RDONLY | BINARY)  # there may be thousands: half of the time of open()
-        try:
-            return sum(map(len, wire(io.BytesIO(os.read(fd, octets + 1)), octets + 1)))
-        finally:
-            os.close(fd)
+    def measure_file(self, name: str, state: os.stat_result, known: dict[str, int]) -> int:
+        """Return one file's size on the wire; one that can't be read is there all the same."""
+        key = stamp(name, state)
+        size = known.get(key)
+        if size is None:
+            try:
+                fd = os.open(self.path(name), os.O_RDONLY | BINARY)
+                try:
+                    size = wire_size(fd, state.st_size)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                log.error("can't read %s: %s", self.path(name), error)
+                return state.st_size
+        self.measured[key] = size
+        return size
 
     def read_sizes(self) -> dict[str, int]:
         """Return what was measured before: sizes on the wire by the file's own size, time (ns) and name."""
         try:
             with open(f"{self.folder}/pop3.sizes", encoding="ascii") as file:
                 known = json.load(file)
-            return known if all(type(size) is int for size in known.values()) else {}
+            return known if all(type(size) is int and size >= 0 for size in known.values()) else {}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return {}
 
-    def write_sizes(self, sizes: dict[str, int]) -> None:
+    def write_sizes(self) -> None:
         tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
         with contextlib.suppress(OSError):  # it only saves time
             with open(tmp, "w", encoding="ascii") as file:
-                file.write(json.dumps(sizes))
+                file.write(json.dumps(self.measured))
             os.replace(tmp, f"{self.folder}/pop3.sizes")
 
+    @functools.cached_property
     def uids(self) -> list[str]:
         """Return every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
         text = "".join(self.names)
@@ -847,38 +853,61 @@ class Maildrop:
             return self.names
         uids = [name.partition(":")[0] for name in self.names]
         if len(set(uids)) < len(uids):  # the same name twice, with other flags
-            uids = [name if uids.count(uid) > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
+            times = collections.Counter(uids)
+            uids = [name if times[uid] > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
         return [uid if PLAIN_UID.fullmatch(uid) else hash_of(uid) for uid in uids]
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{'cur' if name in self.seen else 'new'}/{name}"
 
-    def open(self, index: int):
-        """Open a message's file, also when another program has moved or flagged it; FileNotFoundError: it is gone."""
-        try:
-            return open(self.path(self.names[index]), "rb", buffering=0)
-        except FileNotFoundError:
-            return open(self.moved(index), "rb", buffering=0)
+    def open(self, index: int) -> tuple[int, int]:
+        """Open a message's file, also when another program has moved or flagged it; FileNotFoundError: it is gone.
 
-    def moved(self, index: int) -> str:
-        """Return where a message is now; raise FileNotFoundError when it is nowhere."""
-        base = self.names[index].partition(":")[0]
-        for sub in ("cur", "new"):
+        Returns a descriptor and the message's size on the wire, which is not what `sizes` has if the file's name lies
+        or somebody has written into it.
+        """
+        name = self.names[index]
+        try:
+            fd, state = open_file(self.path(name))
+        except FileNotFoundError:
+            fd, state = open_file(self.moved(index, self.places()))
+        if f",S={state.st_size}," in name:
+            return fd, self.sizes[index]
+        size = self.measured.get(stamp(name, state))
+        if size is None:
+            size = wire_size(fd, state.st_size)
+            os.lseek(fd, 0, os.SEEK_SET)
+        return fd, size
+
+    def places(self) -> dict[str, str]:
+        """Return where each file is now, by name, and those that have got flags also by what stands before them."""
+        found, known = {}, set(self.names)
+        for sub in ("new", "cur"):
             for name in listing(f"{self.folder}/{sub}"):
-                if name.partition(":")[0] == base:
-                    return f"{self.folder}/{sub}/{name}"
-        raise FileNotFoundError(2, "gone", base)
+                found[name] = path = f"{self.folder}/{sub}/{name}"
+                if name not in known:
+                    found.setdefault(name.partition(":")[0], path)
+        return found
+
+    def moved(self, index: int, places: dict[str, str]) -> str:
+        """Return where a message is now; raise FileNotFoundError when it is nowhere."""
+        name = self.names[index]
+        path = places.get(name) or places.get(name.partition(":")[0])
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "gone", name)
+        return path
 
     def remove(self, indexes: Iterable[int]) -> int:
         """Delete messages for good; return how many could not be deleted (those that are gone already could)."""
-        failed, folders = 0, set()
+        failed, folders, places = 0, set(), None
         for index in indexes:
             try:
                 path = self.path(self.names[index])
                 try:
                     os.unlink(path)
                 except FileNotFoundError:
-                    os.unlink(path := self.moved(index))
+                    places = self.places() if places is None else places
+                    os.unlink(path := self.moved(index, places))
                 folders.add(os.path.dirname(path))
             except FileNotFoundError:
                 pass
@@ -894,6 +923,26 @@ class Maildrop:
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
+
+def open_file(path: str) -> tuple[int, os.stat_result]:
+    """Open a file to be read; return its descriptor and state.  What is none (a FIFO would keep us waiting) is gone."""
+    fd = os.open(path, os.O_RDONLY | BINARY | NONBLOCK)
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "not a file", path)
+    return fd, state
+
+
+def stamp(name: str, state: os.stat_result) -> str:
+    """Return what a measured size belongs to: a file as it was, by its size, its time and its name."""
+    return f"{state.st_size} {state.st_mtime_ns} {name}"
+
+
+def wire_size(fd: int, octets: int) -> int:
+    """Read an open file of so many octets and return its size on the wire."""
+    return sum(map(len, wire(functools.partial(os.read, fd), min(octets + 2, BLOCK))))
 
 
 def line_ends(data: bytes) -> str | tuple | None:
@@ -913,10 +962,13 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def wire(file, size: int = BLOCK) -> Iterator[bytes]:
-    """Yield a message as it goes over the wire, in blocks of some `size` octets: every line ends in CRLF."""
-    held, end, data = b"", b"\n", b"..."
-    while data := file.read(size):
+def wire(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
+    """Yield a message as it goes over the wire, in blocks of some `size` octets: every line ends in CRLF.
+
+    `read(size)` returns the next octets of a file, fewer than `size` only at its end.
+    """
+    held, end = b"", b"\n"
+    while data := read(size):
         short = len(data) < size
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""  # its LF may come with the next block
@@ -949,10 +1001,23 @@ def show_accounts(store: Store, args) -> int:
 
 def show_list(store: Store, args) -> int:
     """Print a line for each message of a mailbox."""
-    for number, message in enumerate(store.messages(args.address), 1):
-        fields = (message.get(field, "-") for field in ("Date", "From", "Subject"))
-        print(number, *(" ".join(str(field).split()) for field in fields), sep="\t")
+    import email.parser
+
+    for number, path in enumerate(store.paths(args.address), 1):
+        with open(path, "rb") as file:
+            message = email.parser.BytesHeaderParser().parse(file)
+        print(number, *(for_people(message.get(field, "-")) for field in ("Date", "From", "Subject")), sep="\t")
     return 0
+
+
+def for_people(field) -> str:
+    """Return a header field in one line, decoded where it can be, with nothing in it that a terminal would obey."""
+    import email.header
+
+    text = str(field)
+    with contextlib.suppress(Exception):  # the package raises all kinds of them at what strangers send
+        text = str(email.header.make_header(email.header.decode_header(text)))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def show_message(store: Store, args) -> int:
@@ -961,7 +1026,7 @@ def show_message(store: Store, args) -> int:
     if not 1 <= args.number <= len(paths):
         raise ValueError(f"{args.address} has {len(paths)} messages, there is no number {args.number}")
     with open(paths[args.number - 1], "rb") as file:
-        for block in wire(file):
+        for block in wire(file.read):
             sys.stdout.buffer.write(block.replace(b"\r\n", b"\n"))
     return 0
 

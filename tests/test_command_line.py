@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import ROOT, Program, send
 from conversation import Line
 
-from store import Store
+from store import Store, show_list
 
 
 def run(script, *argv, **options):
@@ -264,6 +265,25 @@ def test_processes_end_with_their_parent(tmp_path, users):
 
 
 # ---- store.py
+
+
+HEADERS = {
+    b"From: <": "<",
+    b"From: a@[": "a@[",
+    b"From: =?us-ascii?q?=0a?= <x@y>": "<x@y>",
+    b"From: =?utf-8?q?J=C3=B6rg?= <j@x.test>": "Jörg <j@x.test>",
+    b"From: =?utf-8?q?=1B]0;pwned=07?= <x@y>": "\\x1b]0;pwned\\x07 <x@y>",
+    b"From: \x1b[31mred": "\\x1b[31mred",
+    b"From: a\xff": "a\ufffd",
+}
+
+
+def test_what_a_person_sees_of_a_header(store, deliver, capsys):
+    """Decoded where it can be, whatever strangers have written, and nothing that a terminal would obey."""
+    for header in HEADERS:
+        deliver(header + b"\r\n\r\n")
+    show_list(store, types.SimpleNamespace(address="alice@example.test"))
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == list(HEADERS.values())
 
 
 def test_store_words(tmp_path, users):

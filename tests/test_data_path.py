@@ -102,7 +102,7 @@ def test_newlines(data, wanted, bare, size):
     ],
 )
 def test_wire(file, wanted, size):
-    assert b"".join(wire(io.BytesIO(file), size)) == wanted
+    assert b"".join(wire(io.BytesIO(file).read, size)) == wanted
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7])

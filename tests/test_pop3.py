@@ -1,5 +1,6 @@
 """POP3 by the clauses of RFC 1939 and its extensions (2449, 2595, 3206, 5034, 6856): a conversation for each rule."""
 
+import errno
 import json
 import os
 import poplib
@@ -153,7 +154,103 @@ def test_remembered_sizes_are_not_trusted_over_the_file(pop3, store):
         client.quit()
 
 
-@pytest.mark.parametrize("rubbish", ["", "rubbish", "[1]", "null", '{"foreign": "8"}', "\xff", "[" * 100_000])
+LIES = {
+    "x,S=3,W=4": b"a\nb\nc\n",
+    "x,S=6,W=100": b"a\nb\nc",
+    "x,S=9,W=999999999999999999": b"a\n",
+    "x,S=99,W=0:2,S": b"a\r\nb\r\n",
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_retr_says_the_size_that_it_sends(pop3, store, name):
+    """Also of files whose names lie, and of those that somebody has written into after the login."""
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    for file in (f"{folder}/new/{name}", f"{folder}/new/z"):
+        with open(file, "wb") as out:
+            out.write(LIES[name])
+    client = login(pop3)
+    with open(f"{folder}/new/z", "ab") as out:
+        out.write(b"more\n")
+    for number, content in ((1, LIES[name]), (2, LIES[name] + b"more\n")):
+        reply, lines, _ = client.retr(number)
+        wire = b"".join(line + b"\r\n" for line in lines)
+        assert wire.split() == content.split()
+        assert reply == b"+OK %d octets" % len(wire)
+    client.quit()
+
+
+def test_what_is_no_file_is_no_message(pop3, store, three):
+    """A FIFO keeps nobody waiting, whatever its name says; a folder and a loop of links are as good as gone."""
+    folder = store.mailbox("alice@example.test")
+    os.mkfifo(f"{folder}/new/fifo")
+    os.mkfifo(f"{folder}/new/fifo,S=1,W=5")
+    os.mkdir(f"{folder}/new/folder,S=1,W=5")
+    client = login(pop3)
+    assert client.stat()[0] == 5
+    for number in (4, 5):
+        with pytest.raises(poplib.error_proto, match="gone"):
+            client.retr(number)
+    client.quit()
+
+
+def test_a_file_that_cannot_be_read_is_there_all_the_same(pop3, store, three, monkeypatch, caplog):
+    """To a client that keeps in step by UIDL, what is not listed has been deleted."""
+    folder, real = store.mailbox("alice@example.test"), os.open
+    with open(f"{folder}/new/foreign", "wb") as out:
+        out.write(b"abc\n")
+
+    def unreadable(path, *args, **kwargs):
+        if str(path).endswith("foreign"):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", unreadable)
+    client = login(pop3)
+    assert client.stat()[0] == 4
+    with pytest.raises(poplib.error_proto, match=r"\[SYS/TEMP\]"):
+        client.retr(4)
+    client.quit()
+    assert "can't read" in caplog.text
+
+
+def test_one_message_is_never_taken_for_another(pop3, store):
+    """The same name twice, with other flags: what is marked goes, and nothing else, though it may have vanished."""
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    for flags in ("RS", "S"):
+        with open(f"{folder}/cur/dup:2,{flags}", "wb") as out:
+            out.write(flags.encode() + b"\n")
+    client = login(pop3)
+    assert client.uidl()[1] == [b"1 dup:2,RS", b"2 dup:2,S"]
+    os.unlink(f"{folder}/cur/dup:2,RS")
+    with pytest.raises(poplib.error_proto, match="gone"):
+        client.retr(1)
+    client.dele(1)
+    client.quit()
+    assert os.listdir(f"{folder}/cur") == ["dup:2,S"]
+
+
+def test_many_messages_that_have_been_moved(pop3, store):
+    """Another program takes them from new/ to cur/ while they are marked: they go, and the folder is listed once."""
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    for n in range(50):
+        with open(f"{folder}/new/{n}", "wb") as out:
+            out.write(b"x\n")
+    client = login(pop3)
+    for n in range(50):
+        client.dele(n + 1)
+        os.rename(f"{folder}/new/{n}", f"{folder}/cur/{n}:2,S")
+    client.quit()
+    assert os.listdir(f"{folder}/cur") == []
+
+
+RUBBISH = ["", "rubbish", "[1]", "null", '{"foreign": "8"}', '{"foreign": -8}', "\xff", "[" * 100_000]
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: ascii(rubbish[:12]))
 def test_remembered_sizes_that_are_rubbish_are_measured_again(pop3, store, rubbish):
     folder = store.mailbox("alice@example.test")
     store.make_folder(folder)

@@ -509,8 +509,9 @@ def test_three_servers_are_a_small_internet(stores, tmp_path):
 # ---- ETRN
 
 
-def test_etrn(stores):
+def test_etrn(stores, monkeypatch):
     """250 for all, 251 nothing waiting, 253 with a count, 459 without a route (RFC 1985 5.3)."""
+    monkeypatch.setattr("smtpd_simple.ETRN_PAUSE", 0.0)
     hook = Intercept(RCPT=["450 4.2.1 later"])
     slow = {**FAST, "first_pause": 3600, "longest_pause": 3600}
     with pair(stores, slow, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:

@@ -1,7 +1,7 @@
 """What SMTP and POP3 stand on: threads, lines, deadlines, TLS, logins, the trace, starting and stopping.
 
 Both protocols are a conversation in lines: the client sends a verb and an argument, the server answers.  This module
-holds the mechanism and none of the words:
+holds the mechanism and hardly any of the words:
 
 - `LineReader`   lines and blocks from a socket, each with a limit and a deadline
 - `LineHandler`  one session: reads a line, looks the verb up in a table, sends the reply, counts errors
@@ -11,7 +11,8 @@ holds the mechanism and none of the words:
 
 A protocol subclasses `LineHandler`, fills `commands` and `replies`, and writes one method per verb that returns its
 reply.  See smtpd_simple.py and pop3d_simple.py.  There is no event loop: a thread per session keeps a dialogue
-straight code, and a thread that has finished takes the next connection.
+straight code, and a thread that has finished takes the next connection.  Behind `LineServer` come certificates, the
+trace, and what the two programs do alike: options, log, signals, processes.
 """
 
 import binascii
@@ -220,22 +221,21 @@ class LineReader:
 class LineHandler(socketserver.BaseRequestHandler):
     """One session, from the greeting to the close; a protocol fills in the words.
 
-    A subclass sets `protocol` (its name), `commands` (verb to function of handler and argument), `replies` (what is
-    said in the situations that this class meets), `error` (how a refusal begins), `challenge` (how a login asks),
-    `verbatim` (verbs whose argument keeps its spaces) and `secret` (verbs whose argument the trace masks, and how many
-    words of it may be shown).  A command returns its reply: a line, a list of lines, or None when it has answered.
+    A command is a function of handler and argument that returns its reply: a line, a list of lines, or None when it
+    has answered.  A subclass also has a method `greeting` and may refine `allow` and `store_failed`.
 
     Attributes: `peer` (host, port), `helo` (the name the client gave), `user` (the account that logged in, or None),
-    `tls` (whether the session is encrypted), `envelope` (of the message that is under way, or None).
+    `tls` (whether the session is encrypted), `envelope` (of the message that is under way, or None), `bare_lf` (whether
+    the first line ended in LF alone; None before it).
     """
 
-    protocol = "LINE"
-    commands: dict = {}
-    replies: dict = {}
-    error: tuple = ()
-    challenge = "{}"
-    verbatim = frozenset()
-    secret: dict = {}
+    protocol: str  # its name
+    commands: dict  # verb to function
+    replies: dict  # what is said in the situations that this class meets
+    error: str  # how a refusal begins
+    challenge: str  # how a login asks
+    verbatim = frozenset()  # verbs whose argument keeps its spaces
+    secret: dict  # verbs whose argument the trace masks, and how many words of it may be shown
     numbers = itertools.count(1)
 
     def setup(self):
@@ -262,8 +262,8 @@ class LineHandler(socketserver.BaseRequestHandler):
             why, farewell = "timed out", self.replies["timeout"]
         except Exception:
             why, farewell = "a bug", self.replies["bug"]
-            self.logger.exception("%s", self.tag())
-        self.close(farewell, linger)
+            self.log_error("a bug", traceback=True)
+        self.say_goodbye(farewell, linger)
         self.log("closed: %s", why)
 
     def converse(self):
@@ -319,7 +319,7 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def store_failed(self, what: str, error: OSError) -> str:
         """Log what the disk did to a command or message; return the reply."""
-        self.logger.error("%s %s: %s", self.tag(), what, error)
+        self.log_error("%s: %s", what, error)
         return self.replies["disk"]
 
     # ---- lines in and out
@@ -385,8 +385,8 @@ class LineHandler(socketserver.BaseRequestHandler):
         except OSError as error:
             raise Disconnect(f"lost: {error.strerror or error}") from None
 
-    def close(self, farewell: str | None, linger: bool) -> None:
-        """Say the last words, if any."""
+    def say_goodbye(self, farewell: str | None, linger: bool) -> None:
+        """Send the last words, if any; with `linger` see that a client which still sends can read them."""
         try:
             self.reply(farewell)
             self.flush(LINGER if linger else None)
@@ -400,7 +400,10 @@ class LineHandler(socketserver.BaseRequestHandler):
             pass  # whoever is gone can't be told
 
     def linger(self) -> None:
-        """Close our half and read on for a moment: closing on unread input would take back what we have just said."""
+        """Close our half and read on for a moment: closing on unread input would take back what we have just said.
+
+        On the bare socket, since TLS, if there was any, has ended.
+        """
         socket.socket.shutdown(self.request, socket.SHUT_WR)
         deadline = time.monotonic() + LINGER
         while (left := deadline - time.monotonic()) > 0 and not self.server.stopping.is_set():
@@ -522,17 +525,13 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     # ---- log and trace
 
-    @property
-    def logger(self) -> logging.Logger:
-        return self.server.logger
-
-    def tag(self) -> str:
-        """Return what every log line of this session begins with."""
-        return f"{self.protocol} {self.number}"
-
     def log(self, text: str, *values) -> None:
         """Log one fact about this session."""
         self.server.log(f"{self.protocol} {self.number} {text}", *values)
+
+    def log_error(self, text: str, *values, traceback: bool = False) -> None:
+        """Log what should not have happened."""
+        self.server.logger.error(f"{self.protocol} {self.number} {text}", *values, exc_info=traceback)
 
     def trace(self, direction: str, text: str) -> None:
         """Show one line of the dialogue, if anybody watches."""
@@ -629,7 +628,8 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.max_connections = max_connections
         self.max_per_address = max_per_address or max_connections - max_connections // 10
         self.timeout = timeout or self.default_timeout
-        self.trace, self.intercept = Trace() if trace is True else trace or None, intercept
+        self.trace = Trace() if trace is True else trace or None
+        self.intercept = intercept
         self.sessions, self.by_address = set(), {}
         self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
         self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
@@ -705,12 +705,9 @@ class LineServer(socketserver.ThreadingTCPServer):
                 self.busy += 1
                 self.by_address[host] = mine + 1
         if not welcome:
-            self.turn_away(request, client_address)
-            alone = False
+            return self.turn_away(request, client_address)
         if alone:
             self.add_thread()
-        if not welcome:
-            return
         try:
             self.finish_request(request, client_address)
         except Exception:
@@ -991,7 +988,7 @@ def log_to_stderr(servers: list[LineServer]) -> None:
         server.log = log.line
 
 
-def main(program: str, serve) -> int:
+def exit_status(program: str, serve) -> int:
     """Run `serve()` and turn what can go wrong at the start into one line on stderr and an exit status."""
     try:
         return serve()

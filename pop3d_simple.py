@@ -4,7 +4,7 @@
     python smtpd_simple.py --pop3           the same, and SMTP, in one process
 
 RFC 1939 with all its optional commands, and the extensions that CAPA shows.  What it refuses to do: to delete anything
-before QUIT, to let two sessions into one mailbox, to keep state of its own besides the files.
+before QUIT, to let two sessions into one mailbox, to keep any state that is not in the files.
 
 In a test:
 
@@ -41,6 +41,11 @@ def number(text: str) -> int:
     return int(text)
 
 
+def in_words(count: int) -> str:
+    """Return `1 message`, `2 messages`, and so on."""
+    return f"{count} message{'s' * (count != 1)}"
+
+
 def top(blocks, count: int):
     """Yield of a message (blocks of CRLF lines) the header, the empty line and `count` lines of what follows."""
     seen = b"\r\n"  # an empty first line ends a header that is not there
@@ -69,7 +74,7 @@ class POP3Handler(LineHandler):
     """One POP3 session: `commands` is the table of its state, `maildrop` the open mailbox or None."""
 
     protocol = "POP3"
-    error = ("-",)
+    error = "-"
     challenge = "+ {}"
     verbatim = frozenset({"PASS"})
     secret = {"PASS": 0, "APOP": 1, "AUTH": 1}
@@ -197,12 +202,12 @@ class POP3Handler(LineHandler):
     def scan(self):
         """Return the maildrop in words."""
         count, octets = self.totals()
-        return f"{count} message{'s' * (count != 1)} ({octets} octets)"
+        return f"{in_words(count)} ({octets} octets)"
 
     def totals(self):
         """Return how many messages there are, and their octets; those marked as deleted don't count."""
         sizes, deleted = self.maildrop.sizes, self.deleted
-        return len(sizes) - len(deleted), sum(sizes) - (sum(sizes[index] for index in deleted) if deleted else 0)
+        return len(sizes) - len(deleted), sum(sizes) - sum(sizes[index] for index in deleted)
 
     def message(self, text):
         """Return the index of the message that a number names; raise Refused."""
@@ -280,11 +285,11 @@ class POP3Handler(LineHandler):
         """Enter the UPDATE state: the only place where messages are deleted (RFC 1939 6)."""
         self.nothing(argument)
         left, _ = self.totals()
-        failed = self.maildrop.remove(sorted(self.deleted)) if self.deleted else 0
+        failed = self.maildrop.remove(sorted(self.deleted))
         self.maildrop.close()
         if failed:
-            raise Quit("quit", f"-ERR [SYS/TEMP] {failed} messages could not be deleted")
-        raise Quit(f"quit, {len(self.deleted)} deleted", f"+OK good bye, {left} messages left")
+            raise Quit("quit", f"-ERR [SYS/TEMP] {in_words(failed)} could not be deleted")
+        raise Quit(f"quit, {len(self.deleted)} deleted", f"+OK good bye, {in_words(left)} left")
 
     authorization = {
         "CAPA": capa,
@@ -333,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     lineserver.add_options(parser, 1110, [("--pop3s-port", 1995)])
     args = parser.parse_args(argv)
     lineserver.check_options(parser, args)
-    return lineserver.main("pop3d_simple.py", lambda: serve(args))
+    return lineserver.exit_status("pop3d_simple.py", lambda: serve(args))
 
 
 def serve(args) -> int:

@@ -5,7 +5,8 @@
     python smtpd_simple.py --relay mail.example.net --tls-self-signed
 
 RFC 5321 with the extensions that EHLO shows.  What it refuses to be: an open relay (mail for elsewhere needs a login
-and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS.
+and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS (which nobody is
+asked for anything but the next host that the command line names).
 
 In a test:
 
@@ -49,7 +50,7 @@ __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Stor
 
 MAX_SIZE = 102_400_000  # octets of a message, as EHLO says (RFC 1870)
 MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the client sends the rest later
-MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 wants loops found at no fewer than 100 or so, we meet shorter ways
+MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100, but who uses this is never that far from anybody
 READ_BLOCK = 1 << 18  # octets of a message that are read at once
 MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
 ETRN_PAUSE = 1.0  # seconds between two tries that are asked for
@@ -233,9 +234,10 @@ class Recipient(NamedTuple):
     notify: str | None = None
     orcpt: str | None = None
 
-    def wants(self, event: str) -> bool:
-        """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; without NOTIFY, about failure."""
-        return event in (self.notify or "FAILURE").upper().split(",")
+
+def wants(notify: str | None, event: str) -> bool:
+    """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; without NOTIFY, about failure."""
+    return event in (notify or "FAILURE").upper().split(",")
 
 
 class Envelope:
@@ -322,7 +324,7 @@ class SMTPHandler(LineHandler):
     """One SMTP session.  `envelope` is None outside a mail transaction: that is all the state there is to reset."""
 
     protocol = "SMTP"
-    error = ("5",)
+    error = "5"
     challenge = "334 {}"
     secret = {"AUTH": 1}
     replies = {
@@ -347,7 +349,7 @@ class SMTPHandler(LineHandler):
 
     def setup(self):
         super().setup()
-        self.esmtp, self.envelope = False, None
+        self.esmtp = False
 
     def finish(self):
         self.reset()
@@ -412,7 +414,7 @@ class SMTPHandler(LineHandler):
         self.reset()
 
     def keywords(self):
-        """Return what EHLO shows, in the order of the class's example."""
+        """Return what EHLO shows."""
         server, limits = self.server, f"LIMITS RCPTMAX={MAX_RECIPIENTS}"
         words = ["PIPELINING", f"SIZE {server.size_limit}", "VRFY", "ETRN"]
         if server.tls and not self.tls:
@@ -561,9 +563,8 @@ class SMTPHandler(LineHandler):
         try:
             self.need_recipients()
             arrival = self.envelope.arrival = self.envelope.arrival or Arrival(self, self.envelope)
-        except (Refused, OSError):
-            for _ in octets:
-                pass
+        except Refused:
+            self.skip_chunk("BDAT", argument)
             raise
         for block in octets:
             arrival.add(block)
@@ -643,8 +644,8 @@ class SMTPHandler(LineHandler):
             try:
                 server.on_message(envelope, paths[0])
             except Exception:
-                self.logger.exception("%s on_message", self.tag())
-        done = [r for r in envelope.accepted if r.notify and r.mailboxes and r.wants("SUCCESS")]
+                self.log_error("on_message", traceback=True)
+        done = [r for r in envelope.accepted if r.mailboxes and wants(r.notify, "SUCCESS")]
         # Nothing leaves the machine for somebody who has not logged in: a sender's address proves nothing.
         if done and (self.user or server.relay.mailboxes(envelope.sender)):
             entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
@@ -715,7 +716,7 @@ class SMTPHandler(LineHandler):
                 return f"251 2.0.0 No messages waiting for {node}"
             self.server.store.request_start(node)
         except OSError as error:
-            self.logger.error("%s ETRN: %s", self.tag(), error)
+            self.log_error("ETRN: %s", error)
             return f"458 4.3.0 Unable to start {node}"
         if node == "#":
             return "250 2.0.0 Started all of the queue"
@@ -783,11 +784,6 @@ def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: d
     waiting = [{"address": r.address, "notify": r.notify, "orcpt": r.orcpt, **fresh} for r in recipients]
     head = {"id": name, "sender": sender, "arrived": time.time(), "octets": octets}
     return {**head, "parameters": parameters, "recipients": waiting}
-
-
-def wants(waiting: dict, event: str) -> bool:
-    """Say whether a report about a queued recipient is wanted."""
-    return Recipient(waiting["address"], [], waiting["notify"]).wants(event)
 
 
 class Outcome(NamedTuple):
@@ -1138,15 +1134,15 @@ class Relay:
         waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False, tried=time.time())
         waiting["attempts"] += 1
         if outcome.action == "relayed":
-            waiting["tell"] = wants(waiting, "SUCCESS") and not outcome.dsn
+            waiting["tell"] = wants(waiting["notify"], "SUCCESS") and not outcome.dsn
         elif outcome.action == "failed":
-            waiting["tell"] = wants(waiting, "FAILURE")
+            waiting["tell"] = wants(waiting["notify"], "FAILURE")
         elif age >= self.lifetime:
-            waiting.update(action="failed", status="5.4.7", tell=wants(waiting, "FAILURE"))
+            waiting.update(action="failed", status="5.4.7", tell=wants(waiting["notify"], "FAILURE"))
         else:
             pause = min(self.first_pause * 2 ** min(waiting["attempts"] - 1, 30), self.longest_pause)
             waiting["next"] = time.time() + min(pause, max(self.lifetime - age, 0.01))
-            if wants(waiting, "DELAY") and not waiting["warned"] and age >= self.warn_after:
+            if wants(waiting["notify"], "DELAY") and not waiting["warned"] and age >= self.warn_after:
                 waiting.update(warned=True, tell=True)
 
     # ---- delivery reports
@@ -1385,7 +1381,7 @@ def parse_arguments(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
     args = parse_arguments(argv)
-    return lineserver.main("smtpd_simple.py", lambda: serve(args))
+    return lineserver.exit_status("smtpd_simple.py", lambda: serve(args))
 
 
 def serve(args) -> int:
@@ -1398,13 +1394,11 @@ def serve(args) -> int:
     if args.smtps_port is not None:
         shared = {"relay": servers[0].relay, "implicit_tls": True}
         servers.append(listen(SMTPServer, (host, args.smtps_port), store, **shared, **smtp))
-    if args.pop3 is not None or args.pop3s_port is not None:
-        from pop3d_simple import POP3Server
+    for port, implicit_tls in ((args.pop3, False), (args.pop3s_port, True)):
+        if port is not None:
+            from pop3d_simple import POP3Server
 
-        if args.pop3 is not None:
-            servers.append(listen(POP3Server, (host, args.pop3), store, **options))
-        if args.pop3s_port is not None:
-            servers.append(listen(POP3Server, (host, args.pop3s_port), store, implicit_tls=True, **options))
+            servers.append(listen(POP3Server, (host, port), store, implicit_tls=implicit_tls, **options))
     return lineserver.run(servers, args.processes, notice(store, servers))
 
 
@@ -1412,15 +1406,13 @@ def notice(store: Store, servers: list[LineServer]) -> str:
     """Return what a newcomer wants to know at the start."""
     names = list(store.users.accounts.values())
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    smtp, pop3 = (next((s for s in servers if s.name == name), None) for name in ("SMTP", "POP3"))
+    smtp, pop3 = servers[0], next((server for server in servers if server.name == "POP3"), None)
     lines = [f"  spool     {store.folder}", f"  accounts  {', '.join(names[:3])}{more}"]
-    if smtp:
-        lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --mail-from me@example.test \\")
-        lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
+    lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --mail-from me@example.test \\")
+    lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
     if pop3:
         lines.append(f"  read      curl -u {names[0]} pop3://{show_address(pop3.host, pop3.port)}/1")
-    if smtp:
-        lines.append(f"  watch     telnet {smtp.host} {smtp.port}, then HELP      (Ctrl-C ends the server)")
+    lines.append(f"  watch     telnet {smtp.host} {smtp.port}, then HELP      (Ctrl-C ends the server)")
     return "\n".join(lines)
 
 

@@ -401,10 +401,7 @@ class Incoming:
         while self.pending:
             done.append(self.store.publish(*self.pending[0]))
             del self.pending[0]
-        folders = [path.rpartition("/")[0] for path in done]
-        if envelope is not None:
-            folders += [self.store.folder, os.path.dirname(self.store.folder)]
-        for folder in dict.fromkeys(folders):
+        for folder in dict.fromkeys(path.rpartition("/")[0] for path in done):
             self.store.sync_folder(folder)
         self.store.announce(envelope is not None)
         return done
@@ -474,9 +471,9 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder, show that it can be written, and remove what crashes left in tmp/ long ago."""
-        os.makedirs(f"{self.queue_folder}/tmp", mode=0o700, exist_ok=True)  # synced when the first message is in it
+        self.make_folder(self.queue_folder)
         probe = f"{self.queue_folder}/tmp/{os.getpid()}.{next(counter)}"
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.close(os.open(probe, CREATE, 0o600))
         os.unlink(probe)
         for name in os.listdir(self.folder):
             self.remove_stale(f"{self.folder}/{name}/tmp")
@@ -620,7 +617,7 @@ class Store:
         """Give a fresh account, as (address, password), and take it away again with its mail; for mappings only."""
         if self.users_path:
             raise ValueError("account() needs a Store whose users are a mapping")
-        domain = next(iter(sorted(self.loaded.domains)), "example.test")
+        domain = min(self.loaded.domains, default="example.test")
         address, password = f"test-{os.urandom(6).hex()}@{domain}", os.urandom(9).hex()
         self.change_accounts(address, password)
         try:

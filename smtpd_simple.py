@@ -292,7 +292,6 @@ class Arrival:
     def refuse(self, reply: str) -> None:
         self.refusal = self.refusal or reply
         self.incoming.close()
-        self.incoming.blocks = []
 
     def finish(self) -> str:
         """Put the message on disk and return the reply to its end."""
@@ -311,10 +310,6 @@ class Arrival:
             return session.store_failed(envelope.id, error)
         session.stored(envelope, self.octets, paths)
         return f"250 2.0.0 Ok: queued as {envelope.id}"
-
-    def close(self) -> None:
-        """Let go of the files, and of the message if it was not finished."""
-        self.incoming.close()
 
 
 # ---------------------------------------------------------------- one session
@@ -370,7 +365,7 @@ class SMTPHandler(LineHandler):
     def reset(self):
         """End the mail transaction, if there is one."""
         if self.envelope and self.envelope.arrival:
-            self.envelope.arrival.close()
+            self.envelope.arrival.incoming.close()
         self.envelope = None
 
     def allow(self, verb, argument):
@@ -714,7 +709,7 @@ class SMTPHandler(LineHandler):
             waiting = relay.waiting_for(node)
             if not waiting:
                 return f"251 2.0.0 No messages waiting for {node}"
-            self.server.store.request_start(node)
+            self.server.store.ask_for_start(node)
         except OSError as error:
             self.log_error("ETRN: %s", error)
             return f"458 4.3.0 Unable to start {node}"
@@ -906,14 +901,14 @@ class Relay:
         names = set(self.store.queue_names())
         with self.guard:
             for name in names - set(self.entries):
-                if entry := self.store.envelope(name):
+                if entry := self.store.entry(name):
                     self.entries[name] = entry
             for gone in set(self.entries) - names:
                 del self.entries[gone]
             for entry in [entry for entry in self.entries.values() if not entry["recipients"]]:
                 with contextlib.suppress(OSError):  # as before
                     self.forget(entry)
-            for node in self.store.start_requests():
+            for node in self.store.take_start_requests():
                 for waiting in itertools.chain.from_iterable(e["recipients"] for e in self.entries.values()):
                     if self.covers(node, domain_of(waiting)):  # but who asks often does not make us knock as often
                         waiting["next"] = min(waiting["next"], waiting.get("tried", 0.0) + ETRN_PAUSE)
@@ -1104,14 +1099,14 @@ class Relay:
                 action, error = waiting["action"], waiting["error"]
                 self.log.info("%s to <%s> via %s: %s (%s)", entry["id"], waiting["address"], where, action, error)
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") != "relayed"]
-            if self.store.envelope(entry["id"]) is None:
+            if self.store.entry(entry["id"]) is None:
                 return  # somebody has taken it out of the queue meanwhile
             told = [r for r in recipients if r["tell"]]
             if told:
                 self.tell(entry, told, remote_name(host[0]) if host else "")
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") != "failed"]
             if entry["recipients"]:
-                self.store.save_envelope(entry)
+                self.store.save_entry(entry)
             else:
                 self.forget(entry)
 
@@ -1181,12 +1176,9 @@ class Relay:
             copies = [Copy(self.store.queue_folder, received.encode(), name)]
             parameters = {"BODY": "8BITMIME"} | ({} if recipient.isascii() else {"SMTPUTF8": None})
             entry = new_entry(name, "", [Recipient(recipient, [])], parameters, len(text))
-        incoming = Incoming(self.store, copies)
-        try:
+        with contextlib.closing(Incoming(self.store, copies)) as incoming:
             incoming.write(text)
             incoming.commit(entry)
-        finally:
-            incoming.close()
         self.log.info("report %s to <%s>", name, recipient)
 
 

@@ -3,7 +3,7 @@
     spool/<address>/tmp,new,cur   one flat file per message, CRLF line ends, as sent behind our trace fields
     spool/<address>/pop3.lock     held by the one POP3 session that has the mailbox open
     spool/<address>/pop3.sizes    the sizes of messages that other programs put there, so that they are read only once
-    spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (its envelope)
+    spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (who still waits)
 
 A delivery writes tmp/, syncs, renames into new/, syncs the folder, and only then is a message acknowledged; a crash
 leaves nothing worse than a file in tmp/, which nobody reads.  Writers need no lock (that is Maildir's point), readers
@@ -348,7 +348,7 @@ class Incoming:
         self.store, self.copies = store, copies
         self.blocks, self.held, self.size, self.tail = [], 0, 0, b""
         self.stem, self.parts = f"{time.time_ns()}.{os.getpid()}.{next(counter)}", itertools.count()
-        self.pending = []  # files in tmp/ and what each will be
+        self.pending = {}  # files in tmp/, and what each will be
         self.fd = None  # the first copy, once the message streams
 
     def write(self, block: bytes) -> None:
@@ -370,17 +370,17 @@ class Incoming:
             data = self.copies[0].head + data
         write_all(self.fd, data)
 
-    def create(self, folder: str) -> int:
+    def create(self, folder: str, target: str | None = None) -> int:
         path = f"{folder}/tmp/{self.stem}.{next(self.parts)}"
-        self.pending.append([path, None])
+        self.pending[path] = target
         try:
             return os.open(path, CREATE, 0o600)
         except FileNotFoundError:  # the first message, or somebody took the folder away
             self.store.make_folder(folder)
             return os.open(path, CREATE, 0o600)
 
-    def commit(self, envelope: dict | None = None) -> list[str]:
-        """Put every copy on disk, then into sight, an envelope for the queue last; return the paths.
+    def commit(self, entry: dict | None = None) -> list[str]:
+        """Put every copy on disk, then into sight, the queue's entry last; return the paths.
 
         All files are written and synced before the first one shows, so a full disk refuses the message whole.  A
         failure between two renames leaves some recipients served although the client is told to try again: a message
@@ -394,16 +394,16 @@ class Incoming:
             self.spill()
         for index, copy in enumerate(self.copies):
             self.write_copy(index, copy, content)
-        if envelope is not None:
+        if entry is not None:
             queue = self.store.queue_folder
-            self.write_file(queue, f"{queue}/{envelope['id']}.json", json.dumps(envelope).encode())
+            self.write_file(queue, f"{queue}/{entry['id']}.json", json.dumps(entry).encode())
         done = []
-        while self.pending:
-            done.append(self.store.publish(*self.pending[0]))
-            del self.pending[0]
+        for tmp, target in list(self.pending.items()):
+            done.append(self.store.publish(tmp, target))
+            del self.pending[tmp]
         for folder in dict.fromkeys(path.rpartition("/")[0] for path in done):
             self.store.sync_folder(folder)
-        self.store.announce(envelope is not None)
+        self.store.announce(entry is not None)
         return done
 
     def write_copy(self, index: int, copy: Copy, content: bytes | None) -> None:
@@ -416,13 +416,12 @@ class Incoming:
         elif index:
             self.write_file(copy.folder, target, copy.head, self.content_of_first())
         else:
-            self.pending[0][1] = target
+            self.pending[next(iter(self.pending))] = target
             self.store.sync_file(self.fd)
 
     def write_file(self, folder: str, target: str, head: bytes, rest: Iterable[bytes] = ()) -> None:
-        fd = self.create(folder)
+        fd = self.create(folder, target)
         try:
-            self.pending[-1][1] = target
             write_all(fd, head)
             for block in rest:
                 write_all(fd, block)
@@ -439,10 +438,10 @@ class Incoming:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
-        for path, _ in self.pending:
+        for path in self.pending:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        self.pending = []
+        self.pending, self.blocks = {}, []
 
 
 class Store:
@@ -471,7 +470,8 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folder, show that it can be written, and remove what crashes left in tmp/ long ago."""
-        self.make_folder(self.queue_folder)
+        if not os.path.isdir(f"{self.queue_folder}/tmp"):
+            self.make_folder(self.queue_folder)
         probe = f"{self.queue_folder}/tmp/{os.getpid()}.{next(counter)}"
         os.close(os.open(probe, CREATE, 0o600))
         os.unlink(probe)
@@ -639,16 +639,16 @@ class Store:
     # ---- the relay's queue
 
     def queued(self) -> list[dict]:
-        """Return the envelopes of the mail that waits for other hosts, oldest first."""
-        found = [self.envelope(name) for name in self.queue_names()]
+        """Return the entries of the mail that waits for other hosts, oldest first."""
+        found = [self.entry(name) for name in self.queue_names()]
         return sorted((entry for entry in found if entry), key=lambda entry: (entry["arrived"], entry["id"]))
 
     def queue_names(self) -> list[str]:
         """Return the ids of the mail that waits for other hosts."""
         return [name.removesuffix(".json") for name in listing(self.queue_folder) if name.endswith(".json")]
 
-    def envelope(self, name: str) -> dict | None:
-        """Return one queued message's envelope, or None when it is gone (or is none of ours); OSError: who knows."""
+    def entry(self, name: str) -> dict | None:
+        """Return the queue's entry of one message, or None when it is gone (or is none of ours); OSError: who knows."""
         try:
             with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
                 entry = json.load(file)
@@ -661,7 +661,7 @@ class Store:
             return None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if name not in self.damaged:  # once, the relay asks each second
-                log.error("%s/%s.json: not an envelope: %s", self.queue_folder, name, error)
+                log.error("%s/%s.json: not an entry: %s", self.queue_folder, name, error)
                 self.damaged.add(name)
             return None
 
@@ -669,13 +669,10 @@ class Store:
         """Open one queued message."""
         return open(f"{self.queue_folder}/{name}", "rb", buffering=0)
 
-    def save_envelope(self, envelope: dict) -> None:
-        """Put a changed envelope in place of the old one, durably."""
-        writer = Incoming(self, [])
-        try:
-            writer.commit(envelope)
-        finally:
-            writer.close()
+    def save_entry(self, entry: dict) -> None:
+        """Put a changed entry in place of the old one, durably."""
+        with contextlib.closing(Incoming(self, [])) as writer:
+            writer.commit(entry)
 
     def unqueue(self, name: str) -> None:
         """Remove a message that nobody waits for any more."""
@@ -688,7 +685,7 @@ class Store:
         """Return the descriptor that holds the queue's lock, or None when another process works on it."""
         return take_lock(f"{self.queue_folder}/lock")
 
-    def request_start(self, node: str) -> None:
+    def ask_for_start(self, node: str) -> None:
         """Ask whoever works on the queue to try a host or domain (`#` for all) now."""
         name = f"{time.time_ns()}.{os.getpid()}.{next(counter)}.start"
         with open(f"{self.queue_folder}/tmp/{name}", "w", encoding="utf-8") as file:
@@ -696,8 +693,8 @@ class Store:
         os.rename(file.name, f"{self.queue_folder}/{name}")  # nobody may see it before it is written
         self.queue_changed.set()
 
-    def start_requests(self) -> list[str]:
-        """Return, once, what `request_start` has been called with."""
+    def take_start_requests(self) -> list[str]:
+        """Return, once, what `ask_for_start` has been called with."""
         nodes = []
         for name in listing(self.queue_folder):
             if name.endswith(".start"):
@@ -989,8 +986,8 @@ def wire(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
 def show_accounts(store: Store, args) -> int:
     """Print each account with what is in its mailbox, and each list with its members."""
     for address in store.users.accounts.values():
-        octets = sum(os.path.getsize(path) for path in store.paths(address))
-        print(f"{address}\t{len(store.paths(address))} messages\t{octets} octets")
+        paths = store.paths(address)
+        print(f"{address}\t{len(paths)} messages\t{sum(map(os.path.getsize, paths))} octets")
     for name, members in store.users.lists.values():
         print(f"{name}\t= {', '.join(members)}")
     return 0
@@ -1043,15 +1040,15 @@ def show_queue(store: Store, args) -> int:
     now = time.time()
     for entry in store.queued():
         waiting = entry["recipients"]
-        due = min((r["next"] for r in waiting), default=now) - now
-        fields = [
-            entry["id"],
-            f"{now - entry['arrived']:.0f} s old",
-            "next try " + (f"in {due:.0f} s" if due > 0 else "now"),
-        ]
-        fields += [f"from <{entry['sender']}>", "to " + ", ".join(r["address"] for r in waiting)]
-        print(*fields, next((r["error"] for r in waiting if r["error"]), "-"), sep="\t")
+        age, due = now - entry["arrived"], min((r["next"] for r in waiting), default=now) - now
+        next_try = f"next try in {due:.0f} s" if due > 0 else "next try now"
+        people = f"from <{entry['sender']}>", "to " + ", ".join(r["address"] for r in waiting)
+        error = next((r["error"] for r in waiting if r["error"]), "-")
+        print(entry["id"], f"{age:.0f} s old", next_try, *people, error, sep="\t")
     return 0
+
+
+WORDS = {"accounts": show_accounts, "list": show_list, "show": show_message, "wait": wait_for_mail, "queue": show_queue}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1059,16 +1056,15 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     parser = argparse.ArgumentParser(prog="store.py", description="Look at the spool.")
+    parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     parser.add_argument("--users", help="accounts (users.txt, else the one beside this program)")
     parser.add_argument("--spool", default="spool", help="where mail is kept (%(default)s)")
     parser.add_argument("--timeout", type=float, default=60, help="seconds that `wait` waits (%(default)s)")
-    parser.add_argument("word", choices=["accounts", "list", "show", "wait", "hash", "queue"])
+    parser.add_argument("word", choices=[*WORDS, "hash"])
     parser.add_argument("address", nargs="?", help="for list, show and wait: the mailbox")
     parser.add_argument("number", nargs="?", type=int, help="for show: which message, 1 is the oldest")
     args = parser.parse_intermixed_args(argv)
-    if (args.word in ("list", "show", "wait")) != bool(args.address) or (args.word == "show") != (
-        args.number is not None
-    ):
+    if (args.address is not None) + (args.number is not None) != {"list": 1, "wait": 1, "show": 2}.get(args.word, 0):
         parser.error("list ADDRESS, show ADDRESS N, wait ADDRESS; accounts, hash and queue take nothing")
     if args.word == "hash":
         import getpass
@@ -1077,12 +1073,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         store = Store(args.spool, users_file(args.users))
-        if args.address:
+        if args.address is not None:
             args.address = store.users.login_address(args.address)
             if not args.address:
                 raise ValueError("no such account; `accounts` shows them")
-        words = {"accounts": show_accounts, "list": show_list, "show": show_message, "wait": wait_for_mail}
-        return {**words, "queue": show_queue}[args.word](store, args)
+        return WORDS[args.word](store, args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 1

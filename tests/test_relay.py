@@ -547,11 +547,11 @@ def test_etrn_says_when_it_cannot(stores, monkeypatch):
 def test_no_request_to_start_is_lost(stores):
     """Not even one that is made while the worker looks for such requests."""
     wanted, seen = [f"{n}.example" for n in range(500)], []
-    thread = threading.Thread(target=lambda: [stores[0].request_start(node) for node in wanted])
+    thread = threading.Thread(target=lambda: [stores[0].ask_for_start(node) for node in wanted])
     thread.start()
     while thread.is_alive():
-        seen += stores[0].start_requests()
-    assert sorted(seen + stores[0].start_requests()) == sorted(wanted)
+        seen += stores[0].take_start_requests()
+    assert sorted(seen + stores[0].take_start_requests()) == sorted(wanted)
 
 
 # ---- the queue on disk
@@ -610,7 +610,7 @@ def test_the_queue_survives_a_kill(tmp_path):
 
 def test_a_shortage_behind_the_250_sends_nothing_twice(stores, monkeypatch):
     """The next host has taken it, and just then no file can be opened."""
-    real, failed = stores[0].envelope, []
+    real, failed = stores[0].entry, []
 
     def envelope(name):
         if stores[1].paths("bob@b.example") and not failed:
@@ -618,7 +618,7 @@ def test_a_shortage_behind_the_250_sends_nothing_twice(stores, monkeypatch):
             raise OSError(errno.EMFILE, "too many open files")
         return real(name)
 
-    monkeypatch.setattr(stores[0], "envelope", envelope)
+    monkeypatch.setattr(stores[0], "entry", envelope)
     with pair(stores) as (a, _):
         send(a, ["bob@b.example"])
         assert empty(stores[0])
@@ -703,7 +703,7 @@ def test_a_damaged_envelope_harms_nobody(stores, caplog, kind):
         for n in range(1, 4):
             send(a, ["bob@b.example"])
             stores[1].wait("bob@b.example", n)
-    assert caplog.text.count("AAAA.json: not an envelope") == 1
+    assert caplog.text.count("AAAA.json: not an entry") == 1
 
 
 def test_mail_that_has_lost_its_route_comes_back_in_the_end(stores):
@@ -712,7 +712,7 @@ def test_mail_that_has_lost_its_route_comes_back_in_the_end(stores):
         send(a, ["bob@b.example"])
     [entry] = stores[0].queued()
     entry["recipients"][0]["next"] = 0.0
-    stores[0].save_envelope(entry)
+    stores[0].save_entry(entry)
     options["relay_options"] = {"lifetime": 0}
     with SMTPServer(("127.0.0.1", 0), stores[0], **options):
         [report] = stores[0].wait("alice@a.example")

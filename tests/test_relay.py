@@ -17,6 +17,7 @@ import time
 import pytest
 from conftest import FAST, ROOT, Program
 from conversation import Line, play
+from test_data_path import END_OF_DATA
 
 from smtpd_simple import Disconnect, Outcome, Relay, SMTPServer, read_reply
 from store import Store
@@ -105,6 +106,25 @@ def test_large_message_streams_through(stores):
     [path] = stores[1].paths("bob@b.example")
     with open(path, "rb") as file:
         assert file.read().endswith(content)
+
+
+def test_one_data_is_one_message_at_the_next_host_too(stores):
+    """Every variant of an end of data that is none: nothing behind it becomes a command there."""
+    inside = b"MAIL FROM:<evil@x.test>\r\nRCPT TO:<bill@b.example>\r\nDATA\r\nSubject: smuggled\r\n\r\nx\r\n"
+    content = b"Subject: outer\r\n\r\n" + b"".join(b"x" + end + inside for end in END_OF_DATA.values())
+    hook = Intercept()
+    with pair(stores, b_options={"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
+        client.reply()
+        for command in ("EHLO x", f"AUTH PLAIN {PLAIN}", "MAIL FROM:<>", "RCPT TO:<bob@b.example>", "DATA"):
+            client.ask(command)
+        client.send(content + b".\r\n")
+        assert client.reply().startswith("250")
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert [verb for verb, _ in hook.seen] == ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT"]
+    assert stores[1].messages("bill@b.example") == []
+    with open(stores[1].paths("bob@b.example")[0], "rb") as file:
+        assert file.read().count(b"Subject: smuggled") == len(END_OF_DATA)
 
 
 WHO_MAY = {

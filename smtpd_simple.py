@@ -1359,7 +1359,7 @@ def parse_arguments(argv: list[str] | None):
     add = parser.add_argument
     port = lineserver.port_number
     add("--pop3", type=port, nargs="?", const=1110, metavar="PORT", help="serve POP3 as well (port %(const)s)")
-    add("--require-auth", action="store_true", help="nothing but logging in works before a login")
+    add("--require-auth", action="store_true", help="no mail and no questions before a login")
     add("--size-limit", type=lineserver.positive, default=MAX_SIZE, metavar="BYTES", help="of a message (%(default)s)")
     add("--relay", metavar="HOST[:PORT]", help="next host for what is not local, from users who logged in")
     add("--route", action="append", metavar="DOMAIN=HOST[:PORT]", help="next host for one domain; may be repeated")

@@ -153,7 +153,8 @@ class LineReader:
         self.before_waiting()
         if seconds <= 0:
             raise TimeoutError
-        self.limit(seconds)
+        if seconds != self.seconds:
+            self.limit(seconds)
         try:
             block = self.sock.recv(size)
         except (TimeoutError, BlockingIOError):
@@ -166,9 +167,8 @@ class LineReader:
 
     def limit(self, seconds: float) -> None:
         """Let every wait on the socket end after `seconds`, also for sending."""
-        if seconds != self.seconds:
-            set_timeout(self.sock, seconds)
-            self.seconds = seconds
+        set_timeout(self.sock, seconds)
+        self.seconds = seconds
 
     def readline(self, limit: int, seconds: float) -> bytes:
         """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
@@ -288,8 +288,9 @@ class LineHandler(socketserver.BaseRequestHandler):
             reply = self.intercepted(verb, argument) if self.server.intercept else None
             if reply is None:
                 self.allow(verb, argument)
+                if verb in HTTP:  # any web page can make a browser send our commands behind a POST
+                    raise Disconnect("speaks HTTP", self.replies["unknown"])
                 if verb not in self.commands:
-                    self.refuse_strangers(verb)
                     raise Refused(self.replies["unknown"])
                 reply = self.commands[verb](self, argument)
         except Refused as refusal:
@@ -307,11 +308,6 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def allow(self, verb: str, argument: str) -> None:
         """Look at each command first; a protocol whose rules forbid it here and now raises Refused."""
-
-    def refuse_strangers(self, verb: str) -> None:
-        """Hang up on a web browser: any page can make one send our commands behind a POST."""
-        if verb in HTTP:
-            raise Disconnect("speaks HTTP", self.replies["unknown"])
 
     def intercepted(self, verb: str, argument: str) -> str | None:
         """Return what the embedding program's hook answers in our place, if it wants to."""
@@ -374,7 +370,8 @@ class LineHandler(socketserver.BaseRequestHandler):
         seconds = seconds or self.server.timeout
         deadline = time.monotonic() + seconds
         try:
-            self.reader.limit(seconds)
+            if seconds != self.reader.seconds:
+                self.reader.limit(seconds)
             sent = self.request.send(data)
             while sent < len(data):  # a TLS record has been sent, or the client has not read for a while
                 if time.monotonic() > deadline:
@@ -1110,7 +1107,7 @@ def supervise(servers: list[LineServer], processes: int) -> None:
         time.sleep(0.1)  # one that can't live must not keep us busy
     for pid in children:
         os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOPPING + 3
+    deadline = time.monotonic() + STOPPING + 2
     while children:
         children = {pid: index for pid, index in children.items() if not os.waitpid(pid, os.WNOHANG)[0]}
         if time.monotonic() > deadline:  # one that somebody has stopped would not hear anything else

@@ -165,7 +165,7 @@ def test_a_client_that_reads_an_octet_now_and_then(monkeypatch):
     monkeypatch.setattr("lineserver.time.monotonic", lambda: next(seconds))
     session = SMTPHandler.__new__(SMTPHandler)
     session.server = types.SimpleNamespace(timeout=10)
-    session.reader = types.SimpleNamespace(limit=lambda seconds: None)
+    session.reader = types.SimpleNamespace(seconds=10)
     session.request = types.SimpleNamespace(send=lambda data: sent.append(bytes(data[:1])) or 1)
     for text in (b"quick", b"not so quick"):
         session.pending = [text]

@@ -283,6 +283,24 @@ def test_lf_later_in_a_session_does_not(smtp, store):
     assert len(store.messages("alice@example.test")) == 1
 
 
+def test_a_large_message_for_several_is_whole_in_each_mailbox(smtp, store):
+    """It streams into the first file while it arrives, and is copied from there."""
+    text = b"Subject: big\r\n\r\n" + b"0123456789abcde\r\n" * 200_000
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "RCPT TO:<bob@example.test>", "DATA"):
+            client.ask(command)
+        client.send(text + b".\r\n")
+        assert client.reply().startswith("250")
+    for address in ("alice@example.test", "bob@example.test"):
+        [path] = store.paths(address)
+        with open(path, "rb") as file:
+            data = file.read()
+        assert data.startswith(b"Return-Path: <>\r\nDelivered-To: " + address.encode() + b"\r\n")
+        assert data.endswith(b"\r\n" + text)
+        assert f",S={len(data)},W={len(data)}" in path
+
+
 def test_too_large_is_read_to_its_end(store, monkeypatch):
     with (
         smtpd_simple.SMTPServer(("127.0.0.1", 0), store, size_limit=1000) as smtp,

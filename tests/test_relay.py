@@ -377,21 +377,30 @@ def test_in_clear_when_the_handshake_is_cut(stores, certificate):
         assert empty(stores[0])
 
 
+def hang_up_in_the_middle(listener):
+    """Be a host that says 552 in the middle of a message and closes on what still comes."""
+    with listener.accept()[0] as sock, sock.makefile("rb") as lines:
+        sock.sendall(b"220 b.example\r\n")
+        for line in lines:
+            if line.startswith(b"DATA"):
+                sock.sendall(b"354 go\r\n")
+                lines.read(100_000)
+                sock.sendall(b"552 5.3.4 too much\r\n")
+                return
+            sock.sendall(b"250 ok\r\n")
+
+
 def test_a_refusal_before_the_message_has_ended_is_heard(stores):
-    """A host that says 552 in the middle and hangs up is not sent the same again for five days."""
-
-    def refuse(session, verb, argument):
-        if verb == "DATA":
-            session.reply("354 go")
-            session.flush()
-            for _ in itertools.islice(session.reader.blocks(5, 65536), 3):
-                pass
-            raise Disconnect("too much", "552 5.3.4 too much")
-
-    with pair(stores, b_options={"intercept": refuse}) as (a, _):
-        send(a, ["bob@b.example"], b"Subject: big\r\n\r\n" + b"0123456789abcde\r\n" * 1_000_000)
-        [report] = stores[0].wait("alice@a.example", timeout=10)
-        assert empty(stores[0])
+    """It is not sent the same again for five days."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host = threading.Thread(target=hang_up_in_the_middle, args=(listener,))
+        host.start()
+        options = {"hostname": "a.example", "relay": f"127.0.0.1:{listener.getsockname()[1]}", "relay_options": FAST}
+        with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a:
+            send(a, ["bob@b.example"], b"Subject: big\r\n\r\n" + b"0123456789abcde\r\n" * 1_000_000)
+            [report] = stores[0].wait("alice@a.example", timeout=10)
+            assert empty(stores[0])
+        host.join()
     assert report.get_payload(1).get_payload()[1]["Diagnostic-Code"].startswith("smtp; 552 5.3.4 too much")
 
 

@@ -66,6 +66,7 @@ DOMAIN = rf"{LETTER}(?:{INNER}*{LETTER})?(?:\.{LETTER}(?:{INNER}*{LETTER})?)*"
 IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
 LITERAL = rf"\[(?:{IPV4}|(?i:IPv6):[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+)\]"
 PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?({DOT_STRING}|{QUOTED})@({DOMAIN}|{LITERAL})>")
+NO_DOMAIN = re.compile(r"<((?i:postmaster)?)>", re.ASCII)  # RFC 5321 4.1.1.3, and the null path
 XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
 HEXCHAR = r"\+(?:[2-6][0-9A-F]|7[0-9A-E])"  # of xtext, what stands for printable ASCII
 
@@ -94,11 +95,9 @@ def parse_path(text: str) -> tuple[str, str]:
     A source route is read and dropped (RFC 5321 C), `<>` is the address "".  Raises ValueError saying what is wrong.
     """
     text = text.lstrip(" ")
-    if text.startswith("<>"):
-        return "", text[2:]
-    if text[:12].lower() == "<postmaster>":  # RFC 5321 4.1.1.3
-        return text[1:11], text[12:]
     match = PATH.match(text)
+    if not match and (special := NO_DOMAIN.match(text)):
+        return special[1], text[special.end() :]
     if not match or not match[0].isprintable():
         raise ValueError("write the address as <name@domain>")
     local, domain = match.groups()
@@ -237,7 +236,7 @@ class Recipient(NamedTuple):
 
 def wants(notify: str | None, event: str) -> bool:
     """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; without NOTIFY, about failure."""
-    return event in (notify or "FAILURE").upper().split(",")
+    return event in notify.upper().split(",") if notify else event == "FAILURE"
 
 
 class Envelope:

@@ -20,6 +20,8 @@ PATHS = {  # text: (address, what follows), or None
     "<>": ("", ""),
     "<> SIZE=1": ("", " SIZE=1"),
     "<Postmaster>": ("Postmaster", ""),
+    "<postMASTER> X": ("postMASTER", " X"),
+    "<po\u017ftmaster>": None,
     "<A.b-c+d=e@B.test>": ("A.b-c+d=e@B.test", ""),
     "<@x.test:a@b.test>": ("a@b.test", ""),
     "<@x.test,@y.test:a@b.test>": ("a@b.test", ""),

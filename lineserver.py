@@ -538,7 +538,7 @@ class LineHandler(socketserver.BaseRequestHandler):
     def trace_data(self, direction: str, head: bytes, octets: int) -> None:
         """Show a message that passes by its first lines and its size."""
         if self.server.trace:
-            lines = head[:2000].decode("utf-8", "replace").splitlines()
+            lines = head[: Trace.DATA_OCTETS].decode("utf-8", "replace").splitlines()
             for text in lines[: Trace.DATA_LINES]:
                 self.trace(direction, f"| {text}")
             self.trace(direction, f"| ({octets} octets in all)")
@@ -851,7 +851,7 @@ def run_openssl(folder: str, hostname: str) -> None:
 class Trace:
     """The dialogue, live, a line per line: time, protocol, session, direction, text; in colour on a terminal."""
 
-    DATA_LINES = 6  # of a message that passes
+    DATA_LINES, DATA_OCTETS = 40, 4000  # of a message that passes
     COLOURS = {"C": "36", "S": "32", "error": "31", "dim": "2"}
 
     def __init__(self, stream=None):
@@ -893,7 +893,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
     add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
     add("--max-connections", type=positive, default=1000, metavar="N", help="per process and port (%(default)s)")
-    add("--timeout", type=seconds, metavar="SECONDS", help="for a line to arrive, then the session ends")
+    add("--timeout", type=seconds, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
     add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")

@@ -211,6 +211,8 @@ class POP3Handler(LineHandler):
 
     def message(self, text):
         """Return the index of the message that a number names; raise Refused."""
+        if not text:
+            raise Refused("-ERR which message? write its number")
         index = number(text) - 1
         if not 0 <= index < len(self.maildrop.sizes):
             raise Refused(f"-ERR no such message, there are {len(self.maildrop.sizes)}")
@@ -348,8 +350,8 @@ def serve(args) -> int:
     if args.pop3s_port is not None:
         servers.append(lineserver.listen(POP3Server, (args.host, args.pop3s_port), store, implicit_tls=True, **options))
     name, pop3 = next(iter(store.users.accounts.values())), servers[0]
-    where = show_address(pop3.host, pop3.port)
-    notice = f"  spool     {store.folder}\n  read      curl -u {name} pop3://{where}/1      (Ctrl-C ends the server)"
+    where, users = show_address(pop3.host, pop3.port), store.users_path or "demo accounts"
+    notice = f"  spool     {store.folder}\n  accounts  {users}\n  read      curl -u {name} pop3://{where}/1"
     return lineserver.run(servers, args.processes, notice)
 
 

@@ -267,6 +267,7 @@ class Arrival:
         self.session, self.envelope = session, envelope
         self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
         self.newlines, self.header, self.in_header = Newlines(), bytearray(), True
+        self.head = bytearray()  # for the trace
         self.incoming = Incoming(session.server.store, session.copies(envelope))
 
     def add(self, block: bytes) -> None:
@@ -275,6 +276,8 @@ class Arrival:
 
     def put(self, block: bytes) -> None:
         self.octets += len(block)
+        if self.session.server.trace and len(self.head) < lineserver.Trace.DATA_OCTETS:
+            self.head += block
         if self.octets > self.limit:
             self.refuse(f"552 5.3.4 The message is larger than {self.limit} octets")
         if self.refusal or not block:
@@ -296,7 +299,6 @@ class Arrival:
         """Put the message on disk and return the reply to its end."""
         session, envelope = self.session, self.envelope
         self.put(self.newlines.end())
-        session.trace_data("C", self.header, self.octets)
         if self.newlines.bare and not session.bare_lf:
             session.log("%s: %d bare CR or LF made CRLF", envelope.id, self.newlines.bare)
         if count_hops(self.header.partition(b"\r\n\r\n")[0]) >= MAX_HOPS:
@@ -527,6 +529,7 @@ class SMTPHandler(LineHandler):
         try:
             for block in self.lines() if self.bare_lf else self.content():
                 arrival.add(block)
+            self.trace_data("C", b"".join(stuff([bytes(arrival.head)])), arrival.octets)
             return arrival.finish()
         finally:
             self.reset()
@@ -565,6 +568,7 @@ class SMTPHandler(LineHandler):
         if not arrival.refusal and not last:
             return f"250 2.0.0 {size} octets taken"
         try:
+            self.trace_data("C", arrival.head, arrival.octets)
             return arrival.refusal or arrival.finish()
         finally:
             self.reset()
@@ -724,7 +728,8 @@ class SMTPHandler(LineHandler):
         if function:
             line, _, meaning = function.__doc__.partition(" -- ")
             return [f"214-2.0.0 {line}", f"214 2.0.0 {meaning}"]
-        lines = [f"Commands: {' '.join(self.commands)}", f"Now: {' '.join(self.sensible())}"]
+        here = [verb for verb in self.commands if verb != "STARTTLS" or self.server.tls]
+        lines = [f"Commands: {' '.join(here)}", f"Now: {' '.join(self.sensible())}"]
         return [f"214-2.0.0 {line}" for line in lines] + ["214 2.0.0 HELP MAIL explains MAIL, and so on"]
 
     def sensible(self):
@@ -1398,7 +1403,8 @@ def notice(store: Store, servers: list[LineServer]) -> str:
     names = list(store.users.accounts.values())
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     smtp, pop3 = servers[0], next((server for server in servers if server.name == "POP3"), None)
-    lines = [f"  spool     {store.folder}", f"  accounts  {', '.join(names[:3])}{more}"]
+    accounts = f"{store.users_path or 'the demo accounts'}: {', '.join(names[:3])}{more}"
+    lines = [f"  spool     {store.folder}", f"  accounts  {accounts}"]
     lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --mail-from me@example.test \\")
     lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
     if pop3:

@@ -146,7 +146,8 @@ class Users:
             raise UsersError(f"{where}: {name} has no members")
         for member in members:
             if not self.expand(key(member)):
-                raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one")
+                comma = "; put commas between addresses" if " " in member else ""
+                raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one{comma}")
 
     @classmethod
     def read(cls, path: str) -> "Users":
@@ -164,7 +165,9 @@ class Users:
                 if not text.strip() or text.lstrip().startswith("#"):
                     continue
                 if not (match := ENTRY.fullmatch(text)):
-                    raise UsersError(f"{where}: neither `address:password` nor `address = address, ...`")
+                    name = re.split("[:=]", text)[0].strip()
+                    hint = "" if "@" in name else f" ({name!a} has no @domain)"
+                    raise UsersError(f"{where}: neither `address:password` nor `address = address, ...`{hint}")
                 yield where, *match.groups()
 
         users = cls(entries())
@@ -1057,27 +1060,35 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="store.py", description="Look at the spool.")
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
-    parser.add_argument("--users", help="accounts (users.txt, else the one beside this program)")
-    parser.add_argument("--spool", default="spool", help="where mail is kept (%(default)s)")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds that `wait` waits (%(default)s)")
-    parser.add_argument("word", choices=[*WORDS, "hash"])
-    parser.add_argument("address", nargs="?", help="for list, show and wait: the mailbox")
-    parser.add_argument("number", nargs="?", type=int, help="for show: which message, 1 is the oldest")
+    add = parser.add_argument
+    add("--users", metavar="FILE", help="accounts (users.txt, else the one beside this program)")
+    add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
+    add("--timeout", type=float, default=60, metavar="SECONDS", help="how long `wait` waits (%(default)s)")
+    meanings = "accounts and lists; date, sender and subject of a mailbox's mail; one message; wait for mail; mail for"
+    add("word", choices=[*WORDS, "hash"], help=f"{meanings} other hosts; a password's hash for users.txt")
+    add("address", nargs="?", help="for list, show and wait: the mailbox")
+    add("number", nargs="?", type=int, help="for show: which message, 1 is the oldest")
     args = parser.parse_intermixed_args(argv)
     if (args.address is not None) + (args.number is not None) != {"list": 1, "wait": 1, "show": 2}.get(args.word, 0):
         parser.error("list ADDRESS, show ADDRESS N, wait ADDRESS; accounts, hash and queue take nothing")
     if args.word == "hash":
         import getpass
 
-        print(hash_password(getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")))
+        asked = sys.stdin.isatty()
+        secret = getpass.getpass() if asked else sys.stdin.readline().rstrip("\r\n")
+        if not secret or (asked and getpass.getpass("Again: ") != secret):
+            parser.error("that is no password" if not secret else "those were two")
+        print(hash_password(secret))
         return 0
     try:
         store = Store(args.spool, users_file(args.users))
         if args.address is not None:
             args.address = store.users.login_address(args.address)
             if not args.address:
-                raise ValueError("no such account; `accounts` shows them")
+                raise ValueError("there is no such account; `accounts` shows them")
         return WORDS[args.word](store, args)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 1

@@ -42,6 +42,7 @@ MAX_GUESSERS = 10_000  # addresses that are remembered
 LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
 HANDSHAKE = 30  # seconds for a TLS handshake
 LINGER = 2  # seconds in which a client that still sends may read our last words
+SPARE_DESCRIPTORS = 16  # that no session takes, so that those there are can store their mail
 SPARE_THREADS = 32  # threads that wait for a connection at most
 STOPPING = 6  # seconds that sessions have to end when the server stops
 LAST_WAIT = 0.5  # seconds that they have once their connections are cut
@@ -287,9 +288,9 @@ class LineHandler(socketserver.BaseRequestHandler):
                 argument = argument.strip(" \t")
             reply = self.intercepted(verb, argument) if self.server.intercept else None
             if reply is None:
-                self.allow(verb, argument)
                 if verb in HTTP:  # any web page can make a browser send our commands behind a POST
                     raise Disconnect("speaks HTTP", self.replies["unknown"])
+                self.allow(verb, argument)
                 if verb not in self.commands:
                     raise Refused(self.replies["unknown"])
                 reply = self.commands[verb](self, argument)
@@ -509,12 +510,12 @@ class LineHandler(socketserver.BaseRequestHandler):
             raise Disconnect("too many failed logins from this address", self.replies["logins"])
         address = check()
         if address:
-            guesses.forgive(host, name)
+            guesses.forgive(host, address)
             self.log("logged in as %s", address)
             return address
         self.failed_logins += 1
         self.log("failed login %d as %s", self.failed_logins, printable(name[:100]))
-        self.server.stopping.wait(guesses.failed(host, name))
+        self.server.stopping.wait(guesses.failed(host, self.server.store.users.login_address(name)))
         if self.failed_logins >= MAX_LOGINS:
             self.reply(self.replies["wrong"])
             raise Disconnect("too many failed logins", self.replies["logins"])
@@ -550,30 +551,29 @@ class Guesses:
     def __init__(self, first_delay: float):
         self.first_delay, self.lock, self.known = first_delay, threading.Lock(), {}
 
-    def failed(self, host: str, name: str) -> float:
-        """Count one more failure; return the seconds that its answer has to wait."""
+    def failed(self, host: str, account: str | None) -> float:
+        """Count one more failure at an account, or at none; return the seconds that its answer has to wait."""
         with self.lock:
             if len(self.known) > MAX_GUESSERS:
                 self.known.clear()
-            names = self.recent(host)
-            names[name] = names.get(name, 0) + 1
-            self.known[host] = names, time.monotonic()
-            count = sum(names.values())
+            accounts = self.recent(host)
+            accounts[account] = accounts.get(account, 0) + 1
+            self.known[host] = accounts, time.monotonic()
+            count = sum(accounts.values())
         return min(self.first_delay * 2 ** min(count - 1, 10), LONGEST_DELAY)
 
-    def recent(self, host: str) -> dict[str, int]:
-        """Return how often logins from an address have failed lately, by the name that they gave."""
-        names, last = self.known.get(host, ({}, 0.0))
-        return names if time.monotonic() - last < GUESS_MEMORY else {}
+    def recent(self, host: str) -> dict[str | None, int]:
+        """Return how often logins from an address have failed lately, by account."""
+        accounts, last = self.known.get(host, ({}, 0.0))
+        return accounts if time.monotonic() - last < GUESS_MEMORY else {}
 
     def exhausted(self, host: str) -> bool:
         """Say whether an address has guessed so often that it is not listened to for a while."""
         return sum(list(self.recent(host).values())) >= MAX_GUESSES
 
-    def forgive(self, host: str, name: str) -> None:
-        """Forget the failures of somebody who has logged in; what was tried under other names stays counted."""
-        if host in self.known:
-            self.recent(host).pop(name, None)
+    def forgive(self, host: str, account: str | None) -> None:
+        """Forget the failures of somebody who has logged in; what was tried at others stays counted."""
+        self.recent(host).pop(account, None)
 
 
 # ---------------------------------------------------------------- one listener
@@ -649,6 +649,7 @@ class LineServer(socketserver.ThreadingTCPServer):
 
     def start(self) -> None:
         """Begin to serve, in threads of our own."""
+        self.descriptors = max(descriptor_limit() - SPARE_DESCRIPTORS, descriptor_limit() / 2)
         self.add_thread()
 
     def add_thread(self) -> None:
@@ -698,6 +699,7 @@ class LineServer(socketserver.ThreadingTCPServer):
             alone = self.waiting == 0 and not self.stopping.is_set()
             mine = self.by_address.get(host, 0)
             welcome = self.busy < self.max_connections and mine < self.max_per_address
+            welcome = welcome and request.fileno() < self.descriptors
             if welcome:
                 self.busy += 1
                 self.by_address[host] = mine + 1
@@ -763,7 +765,8 @@ class LineServer(socketserver.ThreadingTCPServer):
         # In a process that shares its listener the threads without a session go on waiting at it.
         threads = {session.thread for session in list(self.sessions)} if self.shared else set(self.threads)
         join(threads, deadline)
-        if left := list(self.sessions):  # such as those whose clients do not read what they have asked for
+        left = [session for session in list(self.sessions) if session.thread is not threading.current_thread()]
+        if left:  # such as those whose clients do not read what they have asked for
             for session in left:
                 with contextlib.suppress(OSError, ValueError):
                     socket.socket.shutdown(session.request, socket.SHUT_RDWR)
@@ -780,6 +783,16 @@ class LineServer(socketserver.ThreadingTCPServer):
 
     def __exit__(self, *_):
         self.server_close()
+
+
+def descriptor_limit() -> float:
+    """Return how many files and sockets this process may have open."""
+    try:
+        import resource
+    except ImportError:  # Windows, where a socket's number means nothing
+        return float("inf")
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
 def join(threads, deadline: float) -> None:
@@ -805,8 +818,8 @@ def tls_context(cert: str, key: str | None):
             pass
     try:
         context.load_cert_chain(cert, key, password="")  # nobody is asked for one
-    except (ssl.SSLError, OSError) as error:
-        why = getattr(error, "reason", None) or "the key wants a password, perhaps"
+    except OSError as error:  # ssl's are OSErrors, too
+        why = getattr(error, "reason", None) or "no PEM, or the key wants a password"
         raise ValueError(f"{cert}, {key or cert}: not a certificate and its key ({why})") from None
     return context
 
@@ -881,7 +894,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     """Add the options that both programs have to an argparse parser."""
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
-    add("--host", type=host, default="127.0.0.1", metavar="H", help="where to listen (%(default)s: this machine only)")
+    add("--host", type=host_name, default="127.0.0.1", metavar="H", help="where to listen (%(default)s: only here)")
     add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
     for flag, usual in tls_ports:
         add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
@@ -893,7 +906,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
     add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
     add("--max-connections", type=positive, default=1000, metavar="N", help="per process and port (%(default)s)")
-    add("--timeout", type=seconds, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
+    add("--timeout", type=time_limit, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
     add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -906,7 +919,7 @@ def option_error(what: str) -> Exception:
     return argparse.ArgumentTypeError(what)
 
 
-def host(text: str) -> str:
+def host_name(text: str) -> str:
     """Read an address or a name for argparse."""
     if not (text and text.isprintable()):
         raise option_error(f"{text!a} is not a host")
@@ -927,8 +940,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> int:
-    """Read a time for argparse, three years at most."""
+def time_limit(text: str) -> int:
+    """Read a time in seconds for argparse, three years at most."""
     if positive(text) > 10**8:
         raise option_error(f"{text!r} is too long a time")
     return int(text)
@@ -1107,7 +1120,7 @@ def supervise(servers: list[LineServer], processes: int) -> None:
         time.sleep(0.1)  # one that can't live must not keep us busy
     for pid in children:
         os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOPPING + 2
+    deadline = time.monotonic() + STOPPING + 3
     while children:
         children = {pid: index for pid, index in children.items() if not os.waitpid(pid, os.WNOHANG)[0]}
         if time.monotonic() > deadline:  # one that somebody has stopped would not hear anything else

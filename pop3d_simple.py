@@ -256,8 +256,8 @@ class POP3Handler(LineHandler):
         except FileNotFoundError:
             raise Refused(f"-ERR message {index + 1} is gone: another program has removed it") from None
         sent, first = 0, b""
-        self.reply(reply.format(octets))
         try:
+            self.reply(reply.format(octets))
             blocks = wire(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
             for block in stuff(blocks if lines is None else top(blocks, lines)):
                 self.write(block)

@@ -5,8 +5,8 @@
     python smtpd_simple.py --relay mail.example.net --tls-self-signed
 
 RFC 5321 with the extensions that EHLO shows.  What it refuses to be: an open relay (mail for elsewhere needs a login
-and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS (which nobody is
-asked for anything but the next host that the command line names).
+and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS (but for the next
+host that the command line names).
 
 In a test:
 
@@ -82,7 +82,7 @@ RCPT_PARAMETERS = {
     "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2})",  # RFC 3461 4.1
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
 }
-HELLO = re.compile(rf"[!#-'*+./0-9=?A-Z^-~-]{{1,255}}|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # many a name is no domain
+HELLO = re.compile(rf"[!#-'*+./0-9=?A-Z^-~-]+|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # many a name is no domain
 NODE = re.compile(rf"#|@?{DOMAIN}")
 
 
@@ -529,7 +529,8 @@ class SMTPHandler(LineHandler):
         try:
             for block in self.lines() if self.bare_lf else self.content():
                 arrival.add(block)
-            self.trace_data("C", b"".join(stuff([bytes(arrival.head)])), arrival.octets)
+            if self.server.trace:
+                self.trace_data("C", b"".join(stuff([bytes(arrival.head)])), arrival.octets)
             return arrival.finish()
         finally:
             self.reset()
@@ -659,9 +660,9 @@ class SMTPHandler(LineHandler):
         name, utf8 = self.asked_name(argument, "VRFY")
         if not self.may_ask():
             return "252 2.5.0 Send a message and see"
-        users, domain = self.server.store.users, name.rpartition("@")[2]
+        users, relay, domain = self.server.store.users, self.server.relay, name.rpartition("@")[2]
         found = users.find(name)
-        if not found and "@" in name and not users.is_local(domain) and self.server.relay.route(domain):
+        if "@" in name and not users.is_local(domain) and relay.route(domain) and not relay.mailboxes(name):
             return "252 2.5.0 Not a mailbox here; send a message and see"
         if not found:
             raise Refused("550 5.1.1 Nobody of that name here")
@@ -685,9 +686,9 @@ class SMTPHandler(LineHandler):
         """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 stands behind it (RFC 6531 3.7.4.2)."""
         name, _, word = argument.rpartition(" ") if argument.upper().endswith(" SMTPUTF8") else (argument, "", "")
         name = name.strip()
+        name = name[name.rfind("<") + 1 : -1] if name.endswith(">") else name  # with or without who it is
         if not name or not name.isprintable() or name.upper() == "SMTPUTF8":
             raise Refused(f"501 5.5.4 Write {verb} name or {verb} name@domain")
-        name = name[name.rfind("<") + 1 : -1] if name.endswith(">") else name  # with or without who it is
         with contextlib.suppress(ValueError):  # quotes and a route don't count
             name = parse_path(f"<{name}>" if "@" in name else f"<{name}@x>")[0].removesuffix("@x")
         return name, bool(word)
@@ -779,7 +780,7 @@ class SMTPHandler(LineHandler):
 
 def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: dict, octets: int) -> dict:
     """Return the record of a message that the queue keeps as JSON, one dict per recipient who waits."""
-    fresh = {"attempts": 0, "next": 0.0, "error": "", "warned": False}
+    fresh = {"attempts": 0, "next": 0.0, "tried": 0.0, "error": "", "warned": False}
     waiting = [{"address": r.address, "notify": r.notify, "orcpt": r.orcpt, **fresh} for r in recipients]
     head = {"id": name, "sender": sender, "arrived": time.time(), "octets": octets}
     return {**head, "parameters": parameters, "recipients": waiting}
@@ -915,7 +916,7 @@ class Relay:
             for node in self.store.take_start_requests():
                 for waiting in itertools.chain.from_iterable(e["recipients"] for e in self.entries.values()):
                     if self.covers(node, domain_of(waiting)):  # but who asks often does not make us knock as often
-                        waiting["next"] = min(waiting["next"], waiting.get("tried", 0.0) + ETRN_PAUSE)
+                        waiting["next"] = min(waiting["next"], waiting["tried"] + ETRN_PAUSE)
 
     def send_what_is_due(self) -> float:
         """Start a thread for each host that something is due for; return the seconds until the next is."""
@@ -933,8 +934,9 @@ class Relay:
             for host, messages in jobs.items():
                 if len(self.active) < self.hosts_at_once:
                     thread = threading.Thread(target=self.serve_host, args=(host, messages), daemon=True, name="relay")
-                    self.active[host] = thread
-                    thread.start()
+                    with contextlib.suppress(RuntimeError):  # no more threads to be had, for now
+                        thread.start()
+                        self.active[host] = thread
         return soonest
 
     def serve_host(self, host: tuple[str, int] | None, messages: dict[str, list[dict]]) -> None:
@@ -958,7 +960,8 @@ class Relay:
                     for waiting in recipients:
                         waiting["next"] = max(waiting["next"], time.time() + self.first_pause)
         finally:
-            del self.active[host]
+            with self.guard:  # send_what_is_due() may not have entered it yet
+                del self.active[host]
             self.store.queue_changed.set()
 
     def attempt(self, host: tuple[str, int], entry: dict, recipients: list[dict]) -> Outcome | None:
@@ -966,6 +969,8 @@ class Relay:
         outcomes, client = {}, None
         try:
             client = self.connect(host)
+            if self.stopping.is_set():
+                raise OSError("the server stops")
             self.transact(client, entry, recipients, outcomes)
         except OSError as error:  # smtplib's are OSErrors, too
             why = said(error) or printable(f"{show_address(*host)}: {error}")[:400]
@@ -974,9 +979,11 @@ class Relay:
                 outcomes.setdefault(address, lost)
             return lost if client is None else None
         finally:
-            self.settle(host, entry, recipients, outcomes)
-            if client:
-                self.leave(client)
+            try:
+                self.settle(host, entry, recipients, outcomes)
+            finally:
+                if client:
+                    self.leave(client)
 
     def connect(self, host: tuple[str, int], tls: bool = True):
         """Return a client that has said EHLO, over TLS when the host offers it."""
@@ -1156,9 +1163,11 @@ class Relay:
             return
         name = new_id()
         try:
-            with open(path, "rb") as file:
+            original = b""
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 original = file.read(MAX_RETURNED + 1)
-            original = original[max(original.find(b"Received: "), 0) :]  # whose mailbox it was is not for senders
+            received = (b"\n" + original).find(b"\nReceived: ")
+            original = original[max(received, 0) :]  # whose mailbox it was is not for senders
             text = build_report(self, name, entry, recipients, host, original)
             self.post(name, sender, text)
         except OSError as error:
@@ -1302,10 +1311,10 @@ class SMTPServer(LineServer):
     """One SMTP listener on `address`, (host, port); port 0 takes a free one.  `with` serves.
 
     Keywords, besides those of LineServer: `require_auth`, `size_limit` (octets), `relay` ("host:port", or a Relay to
-    share), `route` (a dict of domain to "host:port", or a list of "domain=host:port"), `relay_options` (keywords of
-    Relay), `on_message(envelope, path)` (called when a message is on disk, before its 250) and
-    `intercept(session, verb, argument)`, which sees each command first, "CONNECT" before the greeting and "." at the
-    end of a message: a string that it returns is the reply, raising Disconnect drops the line.
+    share, which its maker stops), `route` (a dict of domain to "host:port", or a list of "domain=host:port"),
+    `relay_options` (keywords of Relay), `on_message(envelope, path)` (called when a message is on disk, before its 250)
+    and `intercept(session, verb, argument)`, which sees each command first, "CONNECT" before the greeting and "." at
+    the end of a message: a string that it returns is the reply, raising Disconnect drops the line.
     """
 
     def __init__(

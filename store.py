@@ -165,8 +165,8 @@ class Users:
                 if not text.strip() or text.lstrip().startswith("#"):
                     continue
                 if not (match := ENTRY.fullmatch(text)):
-                    name = re.split("[:=]", text)[0].strip()
-                    hint = "" if "@" in name else f" ({name!a} has no @domain)"
+                    name, sign, _ = text.replace("=", ":").partition(":")  # without a sign it may be a password
+                    hint = f" ({name.strip()!a} has no @domain)" if sign and "@" not in name else ""
                     raise UsersError(f"{where}: neither `address:password` nor `address = address, ...`{hint}")
                 yield where, *match.groups()
 
@@ -231,7 +231,7 @@ class Users:
             return []
         if "@" not in name:
             name = key(name)
-            wanted, every = (name, name.partition("+")[0]), [*self.accounts, *self.lists]
+            wanted, every = {name, name.partition("+")[0]} - {""}, [*self.accounts, *self.lists]
             found = [full for full in every if full.rpartition("@")[0] in wanted]
             return [self.written(full) for full in found] or self.mailboxes(name)
         return [self.written(key(name))] if key(name) in self.lists else self.mailboxes(name)[:1]
@@ -461,6 +461,7 @@ class Store:
         self.queue_folder = f"{self.folder}/queue"
         self.arrived, self.queue_changed = threading.Condition(), threading.Event()
         self.users_lock, self.damaged = threading.Lock(), set()
+        self.listings, self.kept = {}, 0  # of mailboxes that have not changed for a while, and how many names these are
         self.users_path = self.users_seen = None
         if isinstance(users, str | os.PathLike):
             self.users_path = os.fspath(users)
@@ -520,6 +521,13 @@ class Store:
     def mailbox(self, address: str) -> str:
         """Return the folder of an account."""
         return f"{self.folder}/{key(address)}"
+
+    def keep_listing(self, folder: str, found: tuple) -> None:
+        """Remember what was found in a mailbox's folders, with their times: polling then lists nothing."""
+        if self.kept + len(found[1]) > MAX_KEPT:
+            self.listings, self.kept = {}, 0
+        self.kept += len(found[1])
+        self.listings[folder] = found
 
     def publish(self, tmp: str, path: str) -> str:
         """Move a file from tmp/ to where it is a message; return its path."""
@@ -588,14 +596,15 @@ class Store:
             with self.arrived:  # looking and waiting in one: what arrives in between is not missed
                 while (now := self.paths(address)) == paths and (left := deadline - time.monotonic()) > 0:
                     self.arrived.wait(min(left, 0.1))  # another process may deliver, and it does not tell us
-            if now == paths:
+            if now != paths:
+                paths, every = now, self.messages(address)
+                found = [message for message in every if not match or match(message)]
+                if len(found) >= count:
+                    return found
+            if time.monotonic() >= deadline:
                 subjects = ", ".join(repr(message["Subject"]) for message in every) or "nothing"
                 wanted = f"{count} message{'s' * (count != 1)}{' that match' if match else ''}"
                 raise TimeoutError(f"{address}: waited {timeout} s for {wanted}; there are: {subjects}")
-            paths, every = now, self.messages(address)
-            found = [message for message in every if not match or match(message)]
-            if len(found) >= count:
-                return found
 
     def expect_none(self, address: str, seconds: float) -> None:
         """Raise AssertionError when a mailbox has or gets a message within `seconds`."""
@@ -710,6 +719,7 @@ class Store:
 
 ENTRY_FIELDS = {"id": str, "sender": str, "arrived": int | float, "octets": int, "parameters": dict, "recipients": list}
 RECIPIENT_FIELDS = {"address": str, "attempts": int, "next": int | float, "error": str, "warned": bool}
+RECIPIENT_FIELDS["tried"] = int | float
 RECIPIENT_FIELDS |= dict.fromkeys(("notify", "orcpt"), str | None)
 
 
@@ -744,6 +754,10 @@ ONLY_CRLF = (None, "\r\n")  # of line_ends(): as mail goes over the wire
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
+SETTLED = 2_000_000_000  # ns; on some file systems two changes within so short a time leave the same time behind
+MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB
+
+
 class InUse(Exception):
     """Another session has the maildrop open."""
 
@@ -775,6 +789,13 @@ class Maildrop:
             raise
 
     def take_snapshot(self) -> None:
+        """List the folders, unless they have not changed since they were last listed."""
+        states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
+        times = [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
+        if self.store.listings.get(self.folder, ([],))[0] == times:
+            _, self.names, self.sizes, self.seen = self.store.listings[self.folder]
+            return
+        settled = time.time_ns() - SETTLED > max(max(mtime, ctime) for mtime, ctime, _ in times)
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
         self.seen = set(cur)
         if cur:  # what another program moves while we look is in both
@@ -785,6 +806,8 @@ class Maildrop:
         sizes = WIRE_SIZE.findall(text)
         if len(sizes) == len(names) == text.count("\n") + bool(names):
             self.names, self.sizes = names, list(map(int, sizes))
+            if settled:
+                self.store.keep_listing(self.folder, (times, self.names, self.sizes, self.seen))
         else:
             self.names, self.sizes = self.measure(names)
 
@@ -810,8 +833,8 @@ class Maildrop:
 
     def measure_file(self, name: str, state: os.stat_result, known: dict[str, int]) -> int:
         """Return one file's size on the wire; one that can't be read is there all the same."""
-        key = stamp(name, state)
-        size = known.get(key)
+        stamp = stamp_of(name, state)
+        size = known.get(stamp)
         if size is None:
             try:
                 fd = os.open(self.path(name), os.O_RDONLY | BINARY)
@@ -822,7 +845,7 @@ class Maildrop:
             except OSError as error:
                 log.error("can't read %s: %s", self.path(name), error)
                 return state.st_size
-        self.measured[key] = size
+        self.measured[stamp] = size
         return size
 
     def read_sizes(self) -> dict[str, int]:
@@ -870,10 +893,14 @@ class Maildrop:
             fd, state = open_file(self.moved(index, self.places()))
         if f",S={state.st_size}," in name:
             return fd, self.sizes[index]
-        size = self.measured.get(stamp(name, state))
+        size = self.measured.get(stamp_of(name, state))
         if size is None:
-            size = wire_size(fd, state.st_size)
-            os.lseek(fd, 0, os.SEEK_SET)
+            try:
+                size = wire_size(fd, state.st_size)
+                os.lseek(fd, 0, os.SEEK_SET)
+            except OSError:
+                os.close(fd)
+                raise
         return fd, size
 
     def places(self) -> dict[str, str]:
@@ -932,7 +959,7 @@ def open_file(path: str) -> tuple[int, os.stat_result]:
     return fd, state
 
 
-def stamp(name: str, state: os.stat_result) -> str:
+def stamp_of(name: str, state: os.stat_result) -> str:
     """Return what a measured size belongs to: a file as it was, by its size, its time and its name."""
     return f"{state.st_size} {state.st_mtime_ns} {name}"
 
@@ -1051,6 +1078,18 @@ def show_queue(store: Store, args) -> int:
     return 0
 
 
+def ask_password() -> str:
+    """Read a new password, twice from a person; raise ValueError when it is empty or not the same."""
+    import getpass
+
+    secret = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    if not secret:
+        raise ValueError("an empty password is none")
+    if sys.stdin.isatty() and getpass.getpass("Again: ") != secret:
+        raise ValueError("the two passwords differ")
+    return secret
+
+
 WORDS = {"accounts": show_accounts, "list": show_list, "show": show_message, "wait": wait_for_mail, "queue": show_queue}
 
 
@@ -1071,16 +1110,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if (args.address is not None) + (args.number is not None) != {"list": 1, "wait": 1, "show": 2}.get(args.word, 0):
         parser.error("list ADDRESS, show ADDRESS N, wait ADDRESS; accounts, hash and queue take nothing")
-    if args.word == "hash":
-        import getpass
-
-        asked = sys.stdin.isatty()
-        secret = getpass.getpass() if asked else sys.stdin.readline().rstrip("\r\n")
-        if not secret or (asked and getpass.getpass("Again: ") != secret):
-            parser.error("that is no password" if not secret else "those were two")
-        print(hash_password(secret))
-        return 0
     try:
+        if args.word == "hash":
+            print(hash_password(ask_password()))
+            return 0
         store = Store(args.spool, users_file(args.users))
         if args.address is not None:
             args.address = store.users.login_address(args.address)

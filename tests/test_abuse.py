@@ -1,6 +1,7 @@
 """Clients that are slow, many, loud or ill-meaning: bounded memory, bounded time, and the others are served."""
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
@@ -215,7 +216,7 @@ def test_one_address_cannot_take_every_slot(store):
 
 @needs_proc
 def test_no_descriptors_left(tmp_path):
-    """It pauses (it does not spin), and serves again when there are some."""
+    """It turns clients away, does not spin, keeps some to store mail with, and serves again when there are more."""
     users = tmp_path / "users.txt"
     users.write_text("alice@example.test:wonderland\n")
 
@@ -224,7 +225,11 @@ def test_no_descriptors_left(tmp_path):
 
     with Program("--port", 0, cwd=tmp_path, preexec_fn=few) as program:
         clients = [Line("127.0.0.1", program.port) for _ in range(60)]
-        assert clients[0].reply().startswith("220")
+        replies = [client.reply()[:3] for client in clients]
+        assert replies == ["220"] * replies.count("220") + ["421"] * replies.count("421")
+        assert 5 < replies.count("220") < 24
+        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA", "."):
+            assert clients[0].ask(command)[:1] in "23"
         with open(f"/proc/{program.process.pid}/stat") as file:
             before = sum(map(int, file.read().rsplit(")")[1].split()[11:13]))
         threading.Event().wait(0.5)
@@ -233,10 +238,32 @@ def test_no_descriptors_left(tmp_path):
         assert ticks < 0.3 * os.sysconf("SC_CLK_TCK")
         for client in clients:
             client.close()
-        assert send(program).startswith("250")
+        while True:
+            with contextlib.suppress(ValueError), Line("127.0.0.1", program.port) as client:
+                assert client.reply()[:3] in ("220", "421")
+                if client.ask("NOOP").startswith("250"):
+                    break
         status, errors = program.stop()
     assert (status, "Traceback" in errors) == (0, False)
-    assert "can't accept" in errors
+
+
+def test_no_descriptor_for_the_next_connection(smtp, monkeypatch):
+    """Others of the process have taken them all: it waits a moment, says so, and goes on."""
+    real, short = smtp.socket, [errno.EMFILE, errno.ENFILE]
+
+    class Listener:
+        def accept(self):
+            if short:
+                raise OSError(short.pop(), "Too many open files")
+            return real.accept()
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    smtp.socket = Listener()
+    for _ in range(3):
+        assert send(smtp).startswith("250")
+    assert not short
 
 
 def test_guessing_gets_slower_and_ends():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import mailbox
 import os
 import poplib
@@ -99,6 +100,21 @@ def test_what_is_no_file_is_no_message(store, smtp):
     assert len(store.messages("alice@example.test")) == 1
     store.clear()
     assert store.messages("alice@example.test") == []
+
+
+def test_wait_ends_in_time_while_other_mail_comes(store, monkeypatch, deliver):
+    """A mailbox that changes at each look does not keep it from ending."""
+    real, clock = store.paths, itertools.count()
+    monkeypatch.setattr("store.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(store, "paths", lambda address: [*real(address), deliver()])
+    with pytest.raises(TimeoutError, match="waited 9 s for 1 message that match; there are: 'hi'"):
+        store.wait("alice@example.test", timeout=9, match=lambda message: False)
+
+
+def test_a_hook_may_stop_the_server(store):
+    """Its own session gets its reply all the same."""
+    with SMTPServer(("127.0.0.1", 0), store, on_message=lambda *_: smtp.server_close(0)) as smtp:
+        assert send(smtp).startswith("250")
 
 
 def test_wait_says_what_did_arrive(store, smtp):

@@ -4,11 +4,12 @@ import errno
 import json
 import os
 import poplib
+import time
 
 import pytest
 from conversation import Line, play, scripts
 
-from pop3d_simple import POP3Server
+from pop3d_simple import Disconnect, POP3Server
 
 SCRIPTS = scripts("pop3.txt")
 
@@ -213,6 +214,57 @@ def test_a_file_that_cannot_be_read_is_there_all_the_same(pop3, store, three, mo
         client.retr(4)
     client.quit()
     assert "can't read" in caplog.text
+
+
+def test_a_client_that_leaves_at_retr_leaves_no_descriptor(pop3, store, deliver):
+    """Whether the line breaks at the reply to RETR or behind it."""
+    deliver(b"Subject: x\r\n\r\n" + b"0123456789abcde\r\n" * 8000)
+    opened = []
+
+    def lost(data):
+        raise Disconnect("lost")
+
+    with Line(pop3.host, pop3.port) as client:
+        client.send("USER alice\r\nPASS wonderland\r\n")
+        assert [client.readline()[:3] for _ in range(3)] == ["+OK"] * 3
+        [session] = pop3.sessions
+        real = session.maildrop.open
+        session.maildrop.open = lambda index: opened.append(real(index)) or opened[-1]
+        session.write = lost
+        client.send("RETR 1\r\n")
+        assert client.at_end()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0][0])
+
+
+def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, deliver, monkeypatch):
+    """Polling costs two looks at times; whatever happens in a folder is seen at the next login."""
+    monkeypatch.setattr("store.SETTLED", 20_000_000)
+    folder, listed, real = store.mailbox("alice@example.test"), [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
+
+    def poll():
+        """Wait until the folder has been at rest; log in and return how many messages and listings there were."""
+        while time.time_ns() - max(os.stat(f"{folder}/{sub}").st_ctime_ns for sub in ("new", "cur")) < 50_000_000:
+            pass
+        listed.clear()
+        client = login(pop3)
+        count = client.stat()[0]
+        client.quit()
+        return count, len(listed)
+
+    assert [poll(), poll(), poll()] == [(3, 2), (3, 0), (3, 0)]
+    deliver()
+    assert [poll(), poll()] == [(4, 2), (4, 0)]
+    [path, *_] = store.paths("alice@example.test")
+    os.rename(path, path.replace("/new/", "/cur/") + ":2,S")
+    assert [poll(), poll()] == [(4, 2), (4, 0)]
+    client = login(pop3)
+    client.dele(1)
+    client.quit()
+    assert [poll(), poll()] == [(3, 2), (3, 0)]
+    store.clear()
+    assert [poll(), poll()] == [(0, 2), (0, 0)]
 
 
 def test_one_message_is_never_taken_for_another(pop3, store):

@@ -641,7 +641,8 @@ def test_a_shortage_behind_the_250_sends_nothing_twice(stores, monkeypatch):
     real, failed = stores[0].entry, []
 
     def envelope(name):
-        if stores[1].paths("bob@b.example") and not failed:
+        ours = threading.current_thread() is threading.main_thread()
+        if stores[1].paths("bob@b.example") and not failed and not ours:
             failed.append(name)
             raise OSError(errno.EMFILE, "too many open files")
         return real(name)
@@ -683,6 +684,58 @@ def test_who_asks_often_does_not_make_us_knock_as_often(stores, monkeypatch):
         while not all(entry["recipients"][0]["attempts"] for entry in stores[0].queued()):
             assert time.monotonic() < deadline
         assert [verb for verb, _ in hook.seen].count("CONNECT") == 2
+
+
+def test_a_message_whose_text_is_gone_comes_to_an_end(stores):
+    hook = Intercept(RCPT=["450 4.2.1 later"])
+    with pair(stores, {"first_pause": 1000}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"])
+        until_tried(stores[0])
+        [entry] = stores[0].queued()
+        os.unlink(f"{stores[0].queue_folder}/{entry['id']}")
+    entry["recipients"][0]["next"] = 0.0
+    stores[0].save_entry(entry)
+    with pair(stores, {**FAST, "lifetime": 0}):
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Action"] == "failed"
+
+
+def test_a_disk_that_fails_behind_the_250_keeps_no_connection(stores, monkeypatch):
+    def unqueue(name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(stores[0], "unqueue", unqueue)
+    with pair(stores) as (a, b):
+        send(a, ["bob@b.example"])
+        stores[1].wait("bob@b.example")
+        deadline = time.monotonic() + 5
+        while a.relay.clients or b.sessions:
+            assert time.monotonic() < deadline
+    assert len(stores[1].messages("bob@b.example")) == 1
+
+
+def test_a_relay_that_is_stopped_sends_no_more(stores):
+    """A thread that still waits for a next host's greeting finds the relay stopped when it comes."""
+    stopped = threading.Event()
+
+    def late(session, verb, argument):
+        if verb == "CONNECT":
+            stopped.wait(10)
+
+    hook = Intercept()
+    with (
+        SMTPServer(("127.0.0.1", 0), stores[1], intercept=lambda *said: late(*said) or hook(*said)) as b,
+        SMTPServer(("127.0.0.1", 0), stores[0], relay=f"127.0.0.1:{b.port}") as a,
+    ):
+        send(a, ["bob@b.example"])
+        while not a.relay.active:
+            pass
+        a.relay.stop(0)
+        [thread] = a.relay.active.values()
+        stopped.set()
+        thread.join(10)
+    assert "MAIL" not in [verb for verb, _ in hook.seen]
 
 
 def test_a_shared_relay_outlives_one_of_its_servers(stores):

@@ -7,7 +7,7 @@ import pytest
 from conftest import FAST
 from test_relay import Intercept, empty, pair, send
 
-from smtpd_simple import Relay, build_report, escape_address, new_entry, unxtext
+from smtpd_simple import Relay, SMTPServer, build_report, escape_address, new_entry, unxtext
 from store import Store
 
 
@@ -159,6 +159,17 @@ def test_what_others_say_stays_on_its_line():
     assert "Evil" not in about
     assert one["Final-Recipient"] == "utf-8;\\x{7528}\\x{6237}@b.example"
     assert not report.defects
+
+
+def test_no_sender_can_make_a_report_tell_whose_mailbox_it_was(stores):
+    stores[0].mapping["*@a.example"] = "anna@a.example"
+    stores[0].change_accounts("carl@a.example", "x")
+    with SMTPServer(("127.0.0.1", 0), stores[0]) as a, smtplib.SMTP(a.host, a.port) as client:
+        client.login("alice", "wonderland")
+        client.sendmail('"Received: "@a.example', ["x@a.example"], CONTENT, [], ["NOTIFY=SUCCESS"])
+        report = stores[0].wait("anna@a.example", count=2)[1]
+    assert report["Subject"] == "Your message was delivered"
+    assert "Delivered-To" not in report.get_payload(2).get_payload()
 
 
 def test_a_report_goes_as_the_8_bits_that_it_has(stores):

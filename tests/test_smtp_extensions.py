@@ -136,6 +136,12 @@ def test_questions_from_afar(store, monkeypatch):
         play(smtp, OPTIONS["questions from afar"])
 
 
+def test_a_catch_all_is_nobodys_name(tmp_path):
+    store = Store(tmp_path, {**USERS, "*": "alice@example.test"}, sync=False)
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        play(smtp, OPTIONS["a catch-all for everything is nobody's name"])
+
+
 def test_received_says_how(store, tls):
     """RFC 3848: SMTP, ESMTP, S for TLS, A for a login."""
     login = f"C: AUTH PLAIN {PLAIN}\nS: 235 *\n"

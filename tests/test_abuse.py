@@ -140,7 +140,7 @@ SILENT_POP3 = {
 @pytest.mark.parametrize("step", SILENT_SMTP)
 def test_a_client_that_falls_silent(store, step):
     """At whatever step: it hears 421, and nothing of it stays, neither a session nor a file."""
-    with SMTPServer(("127.0.0.1", 0), store, timeout=0.3) as smtp:
+    with SMTPServer(("127.0.0.1", 0), store, timeout=0.15) as smtp:
         with Line(smtp.host, smtp.port) as client:
             client.send(SILENT_SMTP[step])
             assert b"\r\n421 4.4.2 " in client.file.read()
@@ -151,7 +151,7 @@ def test_a_client_that_falls_silent(store, step):
 def test_a_pop3_client_that_falls_silent(store, deliver, step):
     """The same without a word; the message that it marked is there, and the mailbox is free."""
     deliver(b"Subject: x\r\n\r\n")
-    with POP3Server(("127.0.0.1", 0), store, timeout=0.3) as pop3:
+    with POP3Server(("127.0.0.1", 0), store, timeout=0.15) as pop3:
         with Line(pop3.host, pop3.port) as client:
             client.send(SILENT_POP3[step])
             assert client.file.read().rsplit(b"\r\n", 2)[-2][:1] == b"+"

@@ -792,8 +792,9 @@ class Maildrop:
         """List the folders, unless they have not changed since they were last listed."""
         states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
         times = [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
-        if self.store.listings.get(self.folder, ([],))[0] == times:
-            _, self.names, self.sizes, self.seen = self.store.listings[self.folder]
+        kept = self.store.listings.get(self.folder)
+        if kept and kept[0] == times:
+            _, self.names, self.sizes, self.seen = kept
             return
         settled = time.time_ns() - SETTLED > max(max(mtime, ctime) for mtime, ctime, _ in times)
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))

@@ -239,7 +239,7 @@ def test_no_descriptors_left(tmp_path):
         for client in clients:
             client.close()
         while True:
-            with contextlib.suppress(ValueError), Line("127.0.0.1", program.port) as client:
+            with contextlib.suppress(ConnectionError), Line("127.0.0.1", program.port) as client:
                 assert client.reply()[:3] in ("220", "421")
                 if client.ask("NOOP").startswith("250"):
                     break

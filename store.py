@@ -1018,7 +1018,7 @@ def show_accounts(store: Store, args) -> int:
     """Print each account with what is in its mailbox, and each list with its members."""
     for address in store.users.accounts.values():
         paths = store.paths(address)
-        print(f"{address}\t{len(paths)} messages\t{sum(map(os.path.getsize, paths))} octets")
+        print(f"{address}\t{len(paths)} message{'s' * (len(paths) != 1)}\t{sum(map(os.path.getsize, paths))} octets")
     for name, members in store.users.lists.values():
         print(f"{name}\t= {', '.join(members)}")
     return 0

@@ -304,7 +304,7 @@ def test_what_a_person_sees_of_a_header(store, deliver, capsys):
 def test_store_words(tmp_path, users, call, deliver):
     deliver(b"From: me@client.test\r\nSubject: hello\r\n\r\ntext\r\n")
     listed = "1\t-\tme@client.test\thello\n"
-    alices = "alice@example.test\t1 messages\t46 octets\nstaff@example.test\t= alice@example.test\n"
+    alices = "alice@example.test\t1 message\t46 octets\nstaff@example.test\t= alice@example.test\n"
     assert call("store.py", "accounts") == (0, alices, "")
     assert call("store.py", "--spool", "spool", "list", "alice") == (0, listed, "")
     assert call("store.py", "list", "alice@example.test", "--spool", "spool") == (0, listed, "")

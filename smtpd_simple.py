@@ -166,6 +166,18 @@ def unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
     return data[:cut].replace(b"\r\n.", b"\r\n") if dots else data[:cut], data[cut:], False
 
 
+def lf_ends_lines(blocks):
+    """Yield blocks with CRLF for each LF, from a person with netcat; see README.  A CR alone ends nothing.
+
+    One that a block ends with waits for the next; behind the end of a message it is as good as gone.
+    """
+    held = b""
+    for block in blocks:
+        block = held + block
+        held = b"\r" if block.endswith(b"\r") else b""
+        yield block.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+
+
 class Newlines:
     """Turns bare CR and bare LF into CRLF, block by block; `bare` counts them."""
 
@@ -527,7 +539,7 @@ class SMTPHandler(LineHandler):
         arrival = self.envelope.arrival = Arrival(self, self.envelope)
         self.reply("354 Send the message; a line with only a dot ends it")
         try:
-            for block in self.lines() if self.bare_lf else self.content():
+            for block in self.content():
                 arrival.add(block)
             if self.server.trace:
                 self.trace_data("C", b"".join(stuff([bytes(arrival.head)])), arrival.octets)
@@ -538,21 +550,15 @@ class SMTPHandler(LineHandler):
     def content(self):
         """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
         rest, started = b"\r\n", False
-        for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
+        blocks = self.reader.blocks(self.server.timeout, READ_BLOCK)
+        for block in lf_ends_lines(blocks) if self.bare_lf else blocks:
             content, rest, ended = unstuff(rest + block)
             if content:
                 yield content if started else content[2:]
                 started = True
             if ended:
                 break
-        self.reader.buffer[:0] = rest
-
-    def lines(self):
-        """Yield the same from a person with netcat, where LF ends lines; see README."""
-        start = True
-        while (line := self.reader.readline(READ_BLOCK, self.server.timeout)) not in (b".\n", b".\r\n") or not start:
-            yield line[1:] if start and line.startswith(b".") else line
-            start = line.endswith(b"\n")
+        self.reader.buffer[:0] = rest.replace(b"\r\n", b"\n") if self.bare_lf else rest
 
     def bdat(self, argument):
         """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""

@@ -370,7 +370,7 @@ class Incoming:
         self.tail = (self.tail + data[-2:])[-2:]
         if self.fd is None:
             self.fd = self.create(self.copies[0].folder)
-            data = self.copies[0].head + data
+            write_all(self.fd, self.copies[0].head)
         write_all(self.fd, data)
 
     def create(self, folder: str, target: str | None = None) -> int:

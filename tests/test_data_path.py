@@ -258,18 +258,30 @@ def test_a_message_in_tiny_pieces_takes_no_more_memory_than_in_one(store):
     assert b"".join(incoming.blocks) == b"\r\n" * 20_000
 
 
-def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store):
+LF_MESSAGES = {  # what stands between DATA and NOOP: what is stored
+    b"Subject: nc\n\n..dot\r\nend\n.\n": b"Subject: nc\r\n\r\n.dot\r\nend\r\n",
+    b"Subject: nc\n\nx\n.\r\n": b"Subject: nc\r\n\r\nx\r\n",
+    b"Subject: nc\n\nx\r.\rMAIL FROM:<>\r.\n.\n": b"Subject: nc\r\n\r\nx\r\n.\r\nMAIL FROM:<>\r\n.\r\n",
+    b"Subject: nc\n\n\r\r\n.\n": b"Subject: nc\r\n\r\n\r\n\r\n",
+    b"Subject: nc" + b"\n" * 10_000 + b".\n": b"Subject: nc" + b"\r\n" * 10_000,
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 100_000])
+@pytest.mark.parametrize("text", LF_MESSAGES, ids=lambda text: repr(text[-12:]))
+def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store, text, size):
     """Somebody with netcat: the first line ended in LF, so LF ends lines everywhere, the dot's included."""
     with Line(smtp.host, smtp.port) as client:
         client.reply()
         client.send(b"EHLO me\n")
         client.reply()
-        client.send(b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\nSubject: nc\n\n..dot\r\nend\n.\nNOOP\n")
-        replies = [client.reply()[:3] for _ in range(5)]
-    assert replies == ["250", "250", "354", "250", "250"]
+        everything = b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\n" + text + b"NOOP\nBDAT 2\n\n\nNOOP\n"
+        for start in range(0, len(everything), size):
+            client.send(everything[start : start + size])
+        assert [client.reply()[:3] for _ in range(7)] == ["250", "250", "354", "250", "250", "503", "250"]
     [path] = store.paths("alice@example.test")
     with open(path, "rb") as file:
-        assert file.read().endswith(b"Subject: nc\r\n\r\n.dot\r\nend\r\n")
+        assert b"Subject" + file.read().partition(b"Subject")[2] == LF_MESSAGES[text]
 
 
 def test_lf_later_in_a_session_does_not(smtp, store):

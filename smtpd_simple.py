@@ -82,7 +82,8 @@ RCPT_PARAMETERS = {
     "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2})",  # RFC 3461 4.1
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
 }
-HELLO = re.compile(rf"[!#-'*+./0-9=?A-Z^-~-]+|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # many a name is no domain
+NAME = r"[!#-'*+./0-9=?A-Z^-~-]"
+HELLO = re.compile(rf"(?:{NAME}|\({NAME}*\))+|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # such as localhost.(none)
 NODE = re.compile(rf"#|@?{DOMAIN}")
 
 

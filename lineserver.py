@@ -987,6 +987,7 @@ class StderrLog(logging.Handler):
 
 @functools.lru_cache(maxsize=1)
 def clock(second: int) -> str:
+    """Return the time of day as the log shows it; it is the same for many lines."""
     return time.strftime("%H:%M:%S", time.localtime(second))
 
 

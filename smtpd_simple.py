@@ -217,6 +217,7 @@ def mail_date(seconds: float) -> str:
 
 @functools.lru_cache(maxsize=8)
 def date_of(second: int) -> str:
+    """Return the same for a whole second, for which many messages may ask."""
     t = time.localtime(second)
     day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
     month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]

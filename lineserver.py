@@ -630,6 +630,8 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.sessions, self.by_address = set(), {}
         self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
         self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
+        limit = descriptor_limit()
+        self.descriptors = max(limit - SPARE_DESCRIPTORS, limit / 2)  # a session's socket has a number below this
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
         self.host, self.port = self.server_address[:2]
@@ -649,7 +651,6 @@ class LineServer(socketserver.ThreadingTCPServer):
 
     def start(self) -> None:
         """Begin to serve, in threads of our own."""
-        self.descriptors = max(descriptor_limit() - SPARE_DESCRIPTORS, descriptor_limit() / 2)
         self.add_thread()
 
     def add_thread(self) -> None:
@@ -698,8 +699,8 @@ class LineServer(socketserver.ThreadingTCPServer):
             self.waiting -= 1
             alone = self.waiting == 0 and not self.stopping.is_set()
             mine = self.by_address.get(host, 0)
-            welcome = self.busy < self.max_connections and mine < self.max_per_address
-            welcome = welcome and request.fileno() < self.descriptors
+            room = self.busy < self.max_connections and request.fileno() < self.descriptors
+            welcome = room and mine < self.max_per_address
             if welcome:
                 self.busy += 1
                 self.by_address[host] = mine + 1
@@ -894,7 +895,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     """Add the options that both programs have to an argparse parser."""
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
-    add("--host", type=host_name, default="127.0.0.1", metavar="H", help="where to listen (%(default)s: only here)")
+    add("--host", type=listening_host, default="127.0.0.1", metavar="H", help="where to listen (%(default)s)")
     add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
     for flag, usual in tls_ports:
         add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
@@ -919,8 +920,8 @@ def option_error(what: str) -> Exception:
     return argparse.ArgumentTypeError(what)
 
 
-def host_name(text: str) -> str:
-    """Read an address or a name for argparse."""
+def listening_host(text: str) -> str:
+    """Read an address or a name to listen on for argparse."""
     if not (text and text.isprintable()):
         raise option_error(f"{text!a} is not a host")
     return text
@@ -1001,6 +1002,7 @@ def log_to_stderr(servers: list[LineServer]) -> None:
 
 def exit_status(program: str, serve) -> int:
     """Run `serve()` and turn what can go wrong at the start into one line on stderr and an exit status."""
+    take_descriptors()
     try:
         return serve()
     except ValueError as error:  # a broken users file, options that don't fit
@@ -1025,7 +1027,6 @@ def listen(make, address: tuple[str, int], *args, **options):
 def run(servers: list[LineServer], processes: int, notice: str) -> int:
     """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
     log_to_stderr(servers)
-    take_descriptors()
     hold_signals()
     threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
     announce(servers, notice)

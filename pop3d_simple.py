@@ -23,7 +23,7 @@ import time
 
 import lineserver
 from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, show_address, stuff
-from store import InUse, Maildrop, Store, users_file, wire
+from store import InUse, Maildrop, Store, in_words, users_file, wire
 
 __all__ = ["Disconnect", "POP3Handler", "POP3Server", "Store"]
 
@@ -39,11 +39,6 @@ def number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise Refused("-ERR that is not a number")
     return int(text)
-
-
-def in_words(count: int) -> str:
-    """Return `1 message`, `2 messages`, and so on."""
-    return f"{count} message{'s' * (count != 1)}"
 
 
 def top(blocks, count: int):

@@ -44,7 +44,7 @@ from lineserver import (
     show_address,
     stuff,
 )
-from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, ONLY_CRLF, Copy, Incoming, Store, line_ends, users_file, wire
+from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, ONLY_CRLF, Copy, Incoming, Store, in_words, line_ends, users_file, wire
 
 __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
 
@@ -320,7 +320,7 @@ class Arrival:
         if reply := self.refusal or session.intercepted(".", ""):
             return reply
         try:
-            paths = self.incoming.commit(session.queue_entry(envelope, self.octets))
+            paths = self.incoming.commit(session.queue_entry(envelope))
         except OSError as error:
             return session.store_failed(envelope.id, error)
         session.stored(envelope, self.octets, paths)
@@ -637,11 +637,10 @@ class SMTPHandler(LineHandler):
         by = f"\tby {self.server.hostname} with {protocol} id {envelope.id}{only}; {mail_date(time.time())}\r\n"
         return f"Received: from {self.helo} ([{ip}])\r\n{by}"
 
-    def queue_entry(self, envelope, octets):
+    def queue_entry(self, envelope):
         """Return the queue's record of a message for other hosts, or None when all of it stays here."""
         remote = {recipient.address: recipient for recipient in envelope.accepted if not recipient.mailboxes}
-        name, sender, parameters = envelope.id, envelope.sender, envelope.parameters
-        return new_entry(name, sender, list(remote.values()), parameters, octets) if remote else None
+        return new_entry(envelope.id, envelope.sender, list(remote.values()), envelope.parameters) if remote else None
 
     def stored(self, envelope, octets, paths):
         """Tell everybody who wants to know that a message is on disk."""
@@ -655,7 +654,7 @@ class SMTPHandler(LineHandler):
         done = [r for r in envelope.accepted if r.mailboxes and wants(r.notify, "SUCCESS")]
         # Nothing leaves the machine for somebody who has not logged in: a sender's address proves nothing.
         if done and (self.user or server.relay.mailboxes(envelope.sender)):
-            entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters, octets)
+            entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters)
             for recipient in entry["recipients"]:
                 recipient.update(action="delivered", status="2.0.0", error="")
             with contextlib.suppress(OSError):  # logged; the message itself is safe
@@ -727,7 +726,7 @@ class SMTPHandler(LineHandler):
             return f"458 4.3.0 Unable to start {node}"
         if node == "#":
             return "250 2.0.0 Started all of the queue"
-        return f"253 2.0.0 {waiting} message{'s' * (waiting != 1)} waiting for {node} started"
+        return f"253 2.0.0 {in_words(waiting)} waiting for {node} started"
 
     def help(self, argument):
         """HELP MAIL -- explain one command; HELP alone lists them"""
@@ -786,12 +785,11 @@ class SMTPHandler(LineHandler):
 # ---------------------------------------------------------------- from here to the next host
 
 
-def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: dict, octets: int) -> dict:
+def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: dict) -> dict:
     """Return the record of a message that the queue keeps as JSON, one dict per recipient who waits."""
     fresh = {"attempts": 0, "next": 0.0, "tried": 0.0, "error": "", "warned": False}
     waiting = [{"address": r.address, "notify": r.notify, "orcpt": r.orcpt, **fresh} for r in recipients]
-    head = {"id": name, "sender": sender, "arrived": time.time(), "octets": octets}
-    return {**head, "parameters": parameters, "recipients": waiting}
+    return {"id": name, "sender": sender, "arrived": time.time(), "parameters": parameters, "recipients": waiting}
 
 
 class Outcome(NamedTuple):
@@ -919,7 +917,7 @@ class Relay:
             for gone in set(self.entries) - names:
                 del self.entries[gone]
             for entry in [entry for entry in self.entries.values() if not entry["recipients"]]:
-                with contextlib.suppress(OSError):  # as before
+                with contextlib.suppress(OSError):  # its file still can't be removed
                     self.forget(entry)
             for node in self.store.take_start_requests():
                 for waiting in itertools.chain.from_iterable(e["recipients"] for e in self.entries.values()):
@@ -981,7 +979,7 @@ class Relay:
                 raise OSError("the server stops")
             self.transact(client, entry, recipients, outcomes)
         except OSError as error:  # smtplib's are OSErrors, too
-            why = said(error) or printable(f"{show_address(*host)}: {error}")[:400]
+            why = reply_in(error) or printable(f"{show_address(*host)}: {error}")[:400]
             lost = Outcome("delayed", "4.4.1" if client is None else "4.4.2", why)
             for address in addresses(recipients):
                 outcomes.setdefault(address, lost)
@@ -1035,7 +1033,7 @@ class Relay:
         try:
             client.starttls(context=context)
         except smtplib.SMTPResponseException as error:  # not now: RFC 3207 4 leaves it to us to go on without
-            self.log.warning("relay to %s: in clear: %s", show_address(*host), said(error))
+            self.log.warning("relay to %s: in clear: %s", show_address(*host), reply_in(error))
             return True
         except OSError as error:
             self.log.warning("relay to %s: in clear, since TLS failed: %s", show_address(*host), error)
@@ -1196,14 +1194,14 @@ class Relay:
                 return
             copies = [Copy(self.store.queue_folder, received.encode(), name)]
             parameters = {"BODY": "8BITMIME"} | ({} if recipient.isascii() else {"SMTPUTF8": None})
-            entry = new_entry(name, "", [Recipient(recipient, [])], parameters, len(text))
+            entry = new_entry(name, "", [Recipient(recipient, [])], parameters)
         with contextlib.closing(Incoming(self.store, copies)) as incoming:
             incoming.write(text)
             incoming.commit(entry)
         self.log.info("report %s to <%s>", name, recipient)
 
 
-def said(error: OSError) -> str | None:
+def reply_in(error: OSError) -> str | None:
     """Return the reply that smtplib made an exception of, or None when it was none."""
     text = getattr(error, "smtp_error", None)
     return None if text is None else Outcome.of(error.smtp_code, text).error

@@ -603,7 +603,7 @@ class Store:
                     return found
             if time.monotonic() >= deadline:
                 subjects = ", ".join(repr(message["Subject"]) for message in every) or "nothing"
-                wanted = f"{count} message{'s' * (count != 1)}{' that match' if match else ''}"
+                wanted = in_words(count) + (" that match" if match else "")
                 raise TimeoutError(f"{address}: waited {timeout} s for {wanted}; there are: {subjects}")
 
     def expect_none(self, address: str, seconds: float) -> None:
@@ -717,7 +717,7 @@ class Store:
         return nodes
 
 
-ENTRY_FIELDS = {"id": str, "sender": str, "arrived": int | float, "octets": int, "parameters": dict, "recipients": list}
+ENTRY_FIELDS = {"id": str, "sender": str, "arrived": int | float, "parameters": dict, "recipients": list}
 RECIPIENT_FIELDS = {"address": str, "attempts": int, "next": int | float, "error": str, "warned": bool}
 RECIPIENT_FIELDS["tried"] = int | float
 RECIPIENT_FIELDS |= dict.fromkeys(("notify", "orcpt"), str | None)
@@ -728,6 +728,11 @@ def fits(record: dict, fields: dict) -> bool:
     values = [record[name] for name in fields]
     texts = "".join(value for value in values if isinstance(value, str))
     return texts.isprintable() and all(map(isinstance, values, fields.values()))
+
+
+def in_words(count: int) -> str:
+    """Return `1 message`, `2 messages`, and so on."""
+    return f"{count} message{'s' * (count != 1)}"
 
 
 def listing(folder: str) -> list[str]:
@@ -1018,7 +1023,7 @@ def show_accounts(store: Store, args) -> int:
     """Print each account with what is in its mailbox, and each list with its members."""
     for address in store.users.accounts.values():
         paths = store.paths(address)
-        print(f"{address}\t{len(paths)} message{'s' * (len(paths) != 1)}\t{sum(map(os.path.getsize, paths))} octets")
+        print(f"{address}\t{in_words(len(paths))}\t{sum(map(os.path.getsize, paths))} octets")
     for name, members in store.users.lists.values():
         print(f"{name}\t= {', '.join(members)}")
     return 0

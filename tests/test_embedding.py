@@ -254,6 +254,17 @@ def test_stopping_with_a_session_open_takes_no_time(store):
     client.close()
 
 
+def test_who_serves_in_a_thread_of_his_own(store):
+    """As with any server of socketserver: serve_forever() needs no start()."""
+    smtp = SMTPServer(("127.0.0.1", 0), store)
+    thread = threading.Thread(target=smtp.serve_forever)
+    thread.start()
+    assert send(smtp).startswith("250")
+    smtp.shutdown()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_ipv6(store):
     try:
         server = SMTPServer(("::1", 0), store)

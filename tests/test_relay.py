@@ -761,7 +761,7 @@ def test_one_process_works_on_the_queue(stores):
 
 RECIPIENT = {"address": "x@b.example", "notify": None, "orcpt": None}
 RECIPIENT |= {"attempts": 0, "next": 0.0, "error": "", "warned": False}
-ENTRY = {"id": "AAAA", "sender": "", "arrived": 0.0, "octets": 9, "parameters": {}, "recipients": [RECIPIENT]}
+ENTRY = {"id": "AAAA", "sender": "", "arrived": 0.0, "parameters": {}, "recipients": [RECIPIENT]}
 DAMAGED = {
     "cut off": "{",
     "a list": [],

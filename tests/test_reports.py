@@ -144,7 +144,7 @@ def test_a_report_that_cannot_be_delivered_goes_nowhere(stores, caplog):
 def test_what_others_say_stays_on_its_line():
     """A next host's reply and xtext can't add fields to a report."""
     relay = Relay(None, "a.example")
-    entry = new_entry("ABC", "alice@a.example", [], {"ENVID": "x+0D+0AEvil:+20yes"}, 10)
+    entry = new_entry("ABC", "alice@a.example", [], {"ENVID": "x+0D+0AEvil:+20yes"})
     waiting = {
         "address": "用户@b.example",
         "orcpt": "utf-8;用户@b.example",

@@ -759,8 +759,8 @@ ONLY_CRLF = (None, "\r\n")  # of line_ends(): as mail goes over the wire
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
-SETTLED = 2_000_000_000  # ns; on some file systems two changes within so short a time leave the same time behind
-MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB
+SETTLED = 2_000_000_000, 100_000_000  # ns in which two changes may leave the same time: a whole second, or a finer one
+MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB, or 60 where sizes had to be measured
 
 
 class InUse(Exception):
@@ -794,14 +794,14 @@ class Maildrop:
             raise
 
     def take_snapshot(self) -> None:
-        """List the folders, unless they have not changed since they were last listed."""
+        """List the folders, unless nothing in them has changed since they were last listed."""
         states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
         times = [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
-        kept = self.store.listings.get(self.folder)
-        if kept and kept[0] == times:
-            _, self.names, self.sizes, self.seen = kept
-            return
-        settled = time.time_ns() - SETTLED > max(max(mtime, ctime) for mtime, ctime, _ in times)
+        if (kept := self.store.listings.get(self.folder)) and kept[0] == times:
+            _, self.names, self.sizes, self.seen, self.unsized, self.measured = kept
+            if self.is_as_measured():
+                return
+        now = time.time_ns()
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
         self.seen = set(cur)
         if cur:  # what another program moves while we look is in both
@@ -811,45 +811,58 @@ class Maildrop:
         text = "\n".join(names)
         sizes = WIRE_SIZE.findall(text)
         if len(sizes) == len(names) == text.count("\n") + bool(names):
-            self.names, self.sizes = names, list(map(int, sizes))
-            if settled:
-                self.store.keep_listing(self.folder, (times, self.names, self.sizes, self.seen))
+            self.names, self.sizes, self.unsized, self.measured = names, list(map(int, sizes)), [], {}
         else:
-            self.names, self.sizes = self.measure(names)
+            self.measure(names)
+        if all(now - max(mtime, ctime) > SETTLED[mtime % 1_000_000_000 > 0] for mtime, ctime, _ in times):
+            found = times, self.names, self.sizes, self.seen, self.unsized, self.measured
+            self.store.keep_listing(self.folder, found)
 
-    def measure(self, names: list[str]) -> tuple[list[str], list[int]]:
-        """Return those names that are messages, and their sizes, with the help of what was measured before."""
-        known, kept, sizes = self.read_sizes(), [], []
+    def is_as_measured(self) -> bool:
+        """Say whether the files whose sizes are not in their names are still what was measured."""
+        try:
+            states = map(os.stat, map(self.path, self.unsized))
+            return list(map(stamp_of, self.unsized, states)) == list(self.measured)
+        except OSError:
+            return False
+
+    def measure(self, names: list[str]) -> None:
+        """Find which names are messages, and their sizes, with the help of what was measured before."""
+        known = self.read_sizes()
+        self.names, self.sizes, self.unsized, self.measured = [], [], [], {}
         for name in names:
             if match := WIRE_SIZE.search(name):
                 size = int(match[1])
             else:
-                try:
-                    state = os.stat(self.path(name))
-                except OSError:
-                    continue  # gone again
-                if not stat.S_ISREG(state.st_mode):
+                size = self.measure_file(name, known)
+                if size is None:
                     continue
-                size = self.measure_file(name, state, known)
-            kept.append(name)
-            sizes.append(size)
+                self.unsized.append(name)
+            self.names.append(name)
+            self.sizes.append(size)
         if self.measured != known:
             self.write_sizes()
-        return kept, sizes
 
-    def measure_file(self, name: str, state: os.stat_result, known: dict[str, int]) -> int:
-        """Return one file's size on the wire; one that can't be read is there all the same."""
+    def measure_file(self, name: str, known: dict[str, int]) -> int | None:
+        """Return one file's size on the wire, or None when it is none; one that can't be read is there all the same."""
+        path = self.path(name)
+        try:
+            state = os.stat(path)
+        except OSError:
+            return None  # gone again
         stamp = stamp_of(name, state)
         size = known.get(stamp)
         if size is None:
+            if not stat.S_ISREG(state.st_mode):
+                return None
             try:
-                fd = os.open(self.path(name), os.O_RDONLY | BINARY)
+                fd = os.open(path, os.O_RDONLY | BINARY)
                 try:
                     size = wire_size(fd, state.st_size)
                 finally:
                     os.close(fd)
             except OSError as error:
-                log.error("can't read %s: %s", self.path(name), error)
+                log.error("can't read %s: %s", path, error)
                 return state.st_size
         self.measured[stamp] = size
         return size

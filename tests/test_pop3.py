@@ -239,7 +239,7 @@ def test_a_client_that_leaves_at_retr_leaves_no_descriptor(pop3, store, deliver)
 
 def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, deliver, monkeypatch):
     """Polling costs two looks at times; whatever happens in a folder is seen at the next login."""
-    monkeypatch.setattr("store.SETTLED", 20_000_000)
+    monkeypatch.setattr("store.SETTLED", (20_000_000, 20_000_000))
     folder, listed, real = store.mailbox("alice@example.test"), [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
 
@@ -265,6 +265,23 @@ def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, 
     assert [poll(), poll()] == [(3, 2), (3, 0)]
     store.clear()
     assert [poll(), poll()] == [(0, 2), (0, 0)]
+
+
+def test_a_file_that_is_written_into_is_measured_again(pop3, store, monkeypatch):
+    """Which the folder's times don't show; files of other programs are looked at one by one, by size and time."""
+    monkeypatch.setattr("store.SETTLED", (0, 0))
+    folder, listed, real = store.mailbox("alice@example.test"), [], os.listdir
+    store.make_folder(folder)
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
+    for content, looks in ((b"a\n", 2), (b"a\n", 0), (b"a\nb\n", 2), (b"a\nb\n", 0), (b"abc\n", 2), (b"abc\n", 0)):
+        if looks:
+            with open(f"{folder}/new/foreign", "wb") as out:
+                out.write(content)
+        listed.clear()
+        client = login(pop3)
+        assert client.stat() == (1, len(content) + content.count(b"\n"))
+        assert len(listed) == looks
+        client.quit()
 
 
 def test_one_message_is_never_taken_for_another(pop3, store):

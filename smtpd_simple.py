@@ -19,6 +19,7 @@ A message's way: `SMTPHandler` reads lines, keeps an `Envelope` -> `Arrival` rea
 disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Relay` sends it on through smtplib.
 """
 
+import collections
 import contextlib
 import errno
 import functools
@@ -29,7 +30,6 @@ import socket
 import sys
 import threading
 import time
-from typing import NamedTuple
 
 import lineserver
 from lineserver import (
@@ -83,8 +83,8 @@ RCPT_PARAMETERS = {
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
 }
 NAME = r"[!#-'*+./0-9=?A-Z^-~-]"
-HELLO = re.compile(rf"(?:{NAME}|\({NAME}*\))+|{LITERAL}|\[[0-9A-Fa-f:.]+\]")  # such as localhost.(none)
-NODE = re.compile(rf"#|@?{DOMAIN}")
+HELLO = rf"(?:{NAME}|\({NAME}*\))+|{LITERAL}|\[[0-9A-Fa-f:.]+\]"  # such as localhost.(none)
+NODE = rf"#|@?{DOMAIN}"
 
 
 # ---------------------------------------------------------------- pure helpers
@@ -239,13 +239,8 @@ def unxtext(text: str) -> str:
 # ---------------------------------------------------------------- one message
 
 
-class Recipient(NamedTuple):
+class Recipient(collections.namedtuple("Recipient", "address mailboxes notify orcpt", defaults=[None, None])):
     """One RCPT: where it leads (mailboxes here, or none: elsewhere) and what its sender wants to hear (RFC 3461)."""
-
-    address: str
-    mailboxes: list[str]
-    notify: str | None = None
-    orcpt: str | None = None
 
 
 def wants(notify: str | None, event: str) -> bool:
@@ -418,7 +413,7 @@ class SMTPHandler(LineHandler):
         return [f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"]
 
     def say_hello(self, argument, verb):
-        if not HELLO.fullmatch(argument) or len(argument) > MAX_DOMAIN:
+        if not re.fullmatch(HELLO, argument) or len(argument) > MAX_DOMAIN:
             raise Refused(f"501 Write {verb} and your host's name")
         self.helo, self.esmtp = argument, verb == "EHLO"
         self.reset()
@@ -712,7 +707,7 @@ class SMTPHandler(LineHandler):
         relay, node = self.server.relay, argument.lower()
         if self.envelope:
             raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
-        if not NODE.fullmatch(node) or not node.isprintable() or len(node) > MAX_DOMAIN:
+        if not re.fullmatch(NODE, node) or not node.isprintable() or len(node) > MAX_DOMAIN:
             raise Refused("501 5.5.4 Write ETRN host, ETRN @domain or ETRN #")
         if not self.may_ask() or not relay.leads_to(node):
             return f"459 4.7.1 {node} not allowed: no route leads there, or you have to log in"
@@ -792,13 +787,11 @@ def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: d
     return {"id": name, "sender": sender, "arrived": time.time(), "parameters": parameters, "recipients": waiting}
 
 
-class Outcome(NamedTuple):
-    """What an attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3)."""
+class Outcome(collections.namedtuple("Outcome", "action status error dsn", defaults=[False])):
+    """What an attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3).
 
-    action: str
-    status: str
-    error: str
-    dsn: bool = False  # the next host reports by itself
+    With `dsn` the next host reports by itself.
+    """
 
     @classmethod
     def of(cls, code: int, text: bytes, dsn: bool = False) -> "Outcome":

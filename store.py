@@ -25,7 +25,6 @@ import errno
 import functools
 import io
 import itertools
-import json
 import logging
 import os
 import re
@@ -35,7 +34,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 BLOCK = 1 << 20  # octets of a message that are held in memory; what is beyond streams to disk
 MANY = 1000  # pieces of a message: small ones take thirty times the memory of what is in them
@@ -332,12 +330,8 @@ def write_all(fd: int, data: bytes) -> None:
         written += os.write(fd, memoryview(data)[written:])
 
 
-class Copy(NamedTuple):
-    """One file that a message becomes: `head` stands before the message; a Maildir names its files itself."""
-
-    folder: str
-    head: bytes
-    name: str | None = None
+class Copy(collections.namedtuple("Copy", "folder head name", defaults=[None])):
+    """One file that a message becomes: `head` stands before the message; a Maildir names its files itself (None)."""
 
 
 class Incoming:
@@ -398,6 +392,8 @@ class Incoming:
         for index, copy in enumerate(self.copies):
             self.write_copy(index, copy, content)
         if entry is not None:
+            import json
+
             queue = self.store.queue_folder
             self.write_file(queue, f"{queue}/{entry['id']}.json", json.dumps(entry).encode())
         done = []
@@ -661,6 +657,8 @@ class Store:
 
     def entry(self, name: str) -> dict | None:
         """Return the queue's entry of one message, or None when it is gone (or is none of ours); OSError: who knows."""
+        import json
+
         try:
             with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
                 entry = json.load(file)
@@ -869,6 +867,8 @@ class Maildrop:
 
     def read_sizes(self) -> dict[str, int]:
         """Return what was measured before: sizes on the wire by the file's own size, time (ns) and name."""
+        import json
+
         try:
             with open(f"{self.folder}/pop3.sizes", encoding="ascii") as file:
                 known = json.load(file)
@@ -877,6 +877,8 @@ class Maildrop:
             return {}
 
     def write_sizes(self) -> None:
+        import json
+
         tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
         with contextlib.suppress(OSError):  # it only saves time
             with open(tmp, "w", encoding="ascii") as file:

@@ -1018,9 +1018,9 @@ def wire(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""  # its LF may come with the next block
         data = data.removesuffix(b"\r")
-        if (ends := line_ends(data)) == "\n":
+        if data.find(b"\r") < 0:
             data = data.replace(b"\n", b"\r\n")
-        elif ends not in ONLY_CRLF:
+        elif line_ends(data) != "\r\n":
             data = data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         if data:
             end = data[-1:]

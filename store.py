@@ -458,6 +458,7 @@ class Store:
         self.arrived, self.queue_changed = threading.Condition(), threading.Event()
         self.users_lock, self.damaged = threading.Lock(), set()
         self.listings, self.kept = {}, 0  # of mailboxes that have not changed for a while, and how many names these are
+        self.listings_lock = threading.Lock()
         self.users_path = self.users_seen = None
         if isinstance(users, str | os.PathLike):
             self.users_path = os.fspath(users)
@@ -520,10 +521,12 @@ class Store:
 
     def keep_listing(self, folder: str, found: tuple) -> None:
         """Remember what was found in a mailbox's folders, with their times: polling then lists nothing."""
-        if self.kept + len(found[1]) > MAX_KEPT:
-            self.listings, self.kept = {}, 0
-        self.kept += len(found[1])
-        self.listings[folder] = found
+        with self.listings_lock:
+            before = self.listings.get(folder)
+            self.kept += len(found[1]) - (len(before[1]) if before else 0)
+            if self.kept > MAX_KEPT:
+                self.listings, self.kept = {}, len(found[1])
+            self.listings[folder] = found
 
     def publish(self, tmp: str, path: str) -> str:
         """Move a file from tmp/ to where it is a message; return its path."""

@@ -477,7 +477,9 @@ class Store:
         os.close(os.open(probe, CREATE, 0o600))
         os.unlink(probe)
         for name in os.listdir(self.folder):
-            self.remove_stale(f"{self.folder}/{name}/tmp")
+            if "@" in name:  # a folder of another name is not ours
+                self.remove_stale(f"{self.folder}/{name}/tmp")
+        self.remove_stale(f"{self.queue_folder}/tmp")
         queued = set(self.queue_names())
         self.remove_stale(self.queue_folder, lambda name: name not in queued and re.fullmatch("[0-9A-F]+", name))
 

@@ -153,19 +153,23 @@ def test_a_spool_that_can_be_written_no_more(store, smtp, pop3):
 
 
 def test_stale_files_in_tmp_are_removed_at_the_start(store):
-    folder = store.mailbox("alice@example.test")
+    """Those that are ours: who types `--spool .` keeps what other programs have in a folder of that name."""
+    folder, other = store.mailbox("alice@example.test"), f"{store.folder}/project"
     store.make_folder(folder)
-    for name, age in (("old", 37 * 3600), ("young", 35 * 3600)):
-        path = f"{folder}/tmp/{name}"
-        with open(path, "w"):
-            pass
-        os.utime(path, (time.time() - age,) * 2)
+    os.makedirs(f"{other}/tmp")
+    for tmp in (f"{folder}/tmp", f"{store.queue_folder}/tmp", f"{other}/tmp"):
+        for name, age in (("old", 37 * 3600), ("young", 35 * 3600)):
+            path = f"{tmp}/{name}"
+            with open(path, "w"):
+                pass
+            os.utime(path, (time.time() - age,) * 2)
     for name in ("AB", "AC", "AC.json", "lock"):
         with open(f"{store.queue_folder}/{name}", "w") as file:
             pass
         os.utime(file.name, (0, 0))
     Store(store.folder, {"alice@example.test": "x"})
-    assert os.listdir(f"{folder}/tmp") == ["young"]
+    assert os.listdir(f"{folder}/tmp") == os.listdir(f"{store.queue_folder}/tmp") == ["young"]
+    assert sorted(os.listdir(f"{other}/tmp")) == ["old", "young"]
     assert sorted(os.listdir(store.queue_folder)) == ["AC", "AC.json", "lock", "tmp"]
 
 

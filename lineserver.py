@@ -462,7 +462,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         """Decode base64 strictly: alphabet, padding and nothing else."""
         try:
             return binascii.a2b_base64(answer.encode(), strict_mode=True)
-        except (ValueError, UnicodeEncodeError):
+        except ValueError:
             raise Refused(self.replies["base64"]) from None
 
     def opening(self, initial: str | None, question: bytes) -> bytes:
@@ -571,7 +571,7 @@ class Guesses:
         """Say whether an address has guessed so often that it is not listened to for a while."""
         return sum(list(self.recent(host).values())) >= MAX_GUESSES
 
-    def forgive(self, host: str, account: str | None) -> None:
+    def forgive(self, host: str, account: str) -> None:
         """Forget the failures of somebody who has logged in; what was tried at others stays counted."""
         self.recent(host).pop(account, None)
 
@@ -588,8 +588,6 @@ class LineServer(socketserver.ThreadingTCPServer):
 
     request_queue_size = 1024  # socketserver's 5 makes a burst of clients wait for seconds
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    daemon_threads = True
-    block_on_close = False
     default_timeout = 300
     login_delay = 0.25  # seconds before the first failed login is answered
 
@@ -656,7 +654,7 @@ class LineServer(socketserver.ThreadingTCPServer):
     def add_thread(self) -> None:
         with self.lock:
             self.waiting += 1
-        thread = threading.Thread(target=self.serve_forever, daemon=True, name=f"{self.name} {self.port}")
+        thread = threading.Thread(target=self.serve_connections, daemon=True, name=f"{self.name} {self.port}")
         self.threads.add(thread)
         try:
             thread.start()
@@ -666,6 +664,11 @@ class LineServer(socketserver.ThreadingTCPServer):
                 self.waiting -= 1
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
+        """Serve until another thread stops the server: the name that `socketserver` has for this; it polls nothing."""
+        self.start()
+        self.stopping.wait()
+
+    def serve_connections(self) -> None:
         """Take a connection, serve it, come back for the next: the life of one thread."""
         try:
             while not self.stopping.is_set():
@@ -1001,7 +1004,7 @@ def log_to_stderr(servers: list[LineServer]) -> None:
 
 
 def exit_status(program: str, serve) -> int:
-    """Run `serve()` and turn what can go wrong at the start into one line on stderr and an exit status."""
+    """Run `serve()` with all descriptors there are; return the exit status, after one line on stderr if it fails."""
     take_descriptors()
     try:
         return serve()

@@ -259,7 +259,9 @@ def test_who_serves_in_a_thread_of_his_own(store):
     smtp = SMTPServer(("127.0.0.1", 0), store)
     thread = threading.Thread(target=smtp.serve_forever)
     thread.start()
-    assert send(smtp).startswith("250")
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        assert send(smtp).startswith("250")  # beside a session that goes on
     smtp.shutdown()
     thread.join(10)
     assert not thread.is_alive()

@@ -829,7 +829,7 @@ class Relay:
         hosts_at_once: int = 20,
     ):
         self.store, self.hostname = store, hostname
-        self.default = lineserver.split_address(default, 25) if default else None
+        self.default = None if default is None else lineserver.split_address(default, 25)
         self.routes = {domain.lower(): lineserver.split_address(to, 25) for domain, to in (routes or {}).items()}
         self.first_pause, self.longest_pause, self.lifetime = first_pause, longest_pause, lifetime
         self.warn_after, self.timeout, self.hosts_at_once = warn_after, timeout, hosts_at_once
@@ -1366,7 +1366,8 @@ def parse_arguments(argv: list[str] | None):
     """Read the command line; end the program when it is wrong."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="smtpd_simple.py", description="A small mail server: SMTP in, POP3 out.")
+    about = "A small mail server: SMTP in, POP3 out."
+    parser = argparse.ArgumentParser(prog="smtpd_simple.py", description=about, allow_abbrev=False)
     lineserver.add_options(parser, 1025, [("--smtps-port", 1465), ("--pop3s-port", 1995)])
     add = parser.add_argument
     port = lineserver.port_number
@@ -1413,7 +1414,7 @@ def notice(store: Store, servers: list[LineServer]) -> str:
     smtp, pop3 = servers[0], next((server for server in servers if server.name == "POP3"), None)
     accounts = f"{store.users_path or 'the demo accounts'}: {', '.join(names[:3])}{more}"
     lines = [f"  spool     {store.folder}", f"  accounts  {accounts}"]
-    lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --mail-from me@example.test \\")
+    lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --crlf --mail-from me@example.test \\")
     lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
     if pop3:
         lines.append(f"  read      curl -u {names[0]} pop3://{show_address(pop3.host, pop3.port)}/1")
@@ -1425,6 +1426,8 @@ def load_intercept(path: str):
     """Return the function `intercept` of a Python file; raise ValueError when there is none."""
     import runpy
 
+    with open(path, "rb"):  # what can't be read is no fault of what is in it
+        pass
     try:
         hook = runpy.run_path(path).get("intercept")
     except (Exception, SystemExit) as error:

@@ -144,12 +144,15 @@ class Users:
             raise UsersError(f"{where}: {name} has no members")
         for member in members:
             if not self.expand(key(member)):
-                comma = "; put commas between addresses" if " " in member else ""
-                raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one{comma}")
+                hint = "; put commas between addresses" if " " in member else ""
+                hint = hint if "@" in member else "; an account is written address:password"
+                raise UsersError(f"{where}: {member} is neither an account nor a list that leads to one{hint}")
 
     @classmethod
     def read(cls, path: str) -> "Users":
         """Read a users file; raise UsersError (with the line's number) or OSError."""
+        if not path:
+            raise UsersError("the users file has no name")
         with open(path, "rb") as file:
             raw = file.read()
 
@@ -447,11 +450,13 @@ class Store:
     """The spool folder and who has a mailbox in it.
 
     `users` is the path of a users file, which is read again when it changes, or a mapping (see `Users.of`).  Without
-    `sync` a message is acknowledged once the system has it, not the disk.  Raises UsersError, or OSError when the
-    folder can't be made or written.
+    `sync` a message is acknowledged once the system has it, not the disk.  Raises ValueError (such as UsersError), or
+    OSError when the folder can't be made or written.
     """
 
     def __init__(self, folder, users, sync: bool = True):
+        if not os.fspath(folder):
+            raise ValueError("the spool has no name")
         self.folder, self.sync = os.path.abspath(os.fspath(folder)), sync
         self.host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
         self.queue_folder = f"{self.folder}/queue"
@@ -1123,14 +1128,15 @@ def main(argv: list[str] | None = None) -> int:
     """Look at the spool from a shell; return the exit status."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="store.py", description="Look at the spool.")
+    parser = argparse.ArgumentParser(prog="store.py", description="Look at the spool.", allow_abbrev=False)
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
     add("--users", metavar="FILE", help="accounts (users.txt, else the one beside this program)")
     add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
     add("--timeout", type=float, default=60, metavar="SECONDS", help="how long `wait` waits (%(default)s)")
-    meanings = "accounts and lists; date, sender and subject of a mailbox's mail; one message; wait for mail; mail for"
-    add("word", choices=[*WORDS, "hash"], help=f"{meanings} other hosts; a password's hash for users.txt")
+    meanings = "accounts: accounts and lists; list: date, sender, subject of a mailbox's mail; show: one message; wait:"
+    meanings += " until there is mail; queue: mail for other hosts; hash: a password's hash for users.txt"
+    add("word", choices=[*WORDS, "hash"], help=meanings)
     add("address", nargs="?", help="for list, show and wait: the mailbox")
     add("number", nargs="?", type=int, help="for show: which message, 1 is the oldest")
     args = parser.parse_intermixed_args(argv)
@@ -1162,8 +1168,10 @@ def main(argv: list[str] | None = None) -> int:
 def users_file(named: str | None) -> str | dict[str, str]:
     """Return the users file to use: the one named, else the one here, else the one beside this program, else (where
     only the modules are installed) the demo accounts."""
+    if named is not None:
+        return named
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "users.txt")
-    return named or next((path for path in ("users.txt", beside) if os.path.exists(path)), DEMO)
+    return next((path for path in ("users.txt", beside) if os.path.exists(path)), DEMO)
 
 
 if __name__ == "__main__":

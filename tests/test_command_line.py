@@ -87,6 +87,9 @@ ngN2Molr7gSF/5/P8XFTK18H
         (["--tls-cert", "locked.pem", "--tls-key", "locked.pem"], 2, "locked.pem: not a certificate and its key"),
         (["--max-connections", "0"], 2, "above 0"),
         (["--nonsense"], 2, "unrecognized"),
+        (["--max-conn", "5"], 2, "unrecognized"),
+        (["--users", ""], 2, "no name"),
+        (["--spool", ""], 2, "no name"),
         (["--tls-cert", "x"], 2, "go together"),
         (["--require-tls"], 2, "needs --tls-cert"),
         (["--tls-cert", "missing", "--tls-key", "missing"], 1, "missing: No such file"),
@@ -116,7 +119,7 @@ def test_a_port_in_use(tmp_path, users, script):
     assert result.stderr == f"{script}: 127.0.0.1:{port}: Address already in use\n"
 
 
-MISTAKES = [["--route", "x"], ["--relay", "x:y"], ["--intercept", "missing.py"], ["--intercept", "users.txt"]]
+MISTAKES = [["--route", "x"], ["--relay", "x:y"], ["--relay", ""], ["--intercept", "users.txt"]]
 MISTAKES += [["--intercept", f"{name}.py"] for name in ("number", "leaves", "fails")]
 
 
@@ -127,6 +130,11 @@ def test_mistakes_of_smtp(tmp_path, users, call, argv):
     (tmp_path / "fails.py").write_text("{}['x']")
     status, _, stderr = call("smtpd_simple.py", "--port", 0, *argv)
     assert (status, stderr.count("\n")) == (2, 1)
+
+
+def test_a_hook_that_is_not_there(users, call):
+    missing = "smtpd_simple.py: missing.py: No such file or directory\n"
+    assert call("smtpd_simple.py", "--port", 0, "--intercept", "missing.py") == (1, "", missing)
 
 
 def test_version_and_help():

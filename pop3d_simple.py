@@ -107,8 +107,8 @@ class POP3Handler(LineHandler):
         return f"+OK POP3 server ready {self.timestamp}"
 
     def allow(self, verb, argument):
-        if self.name is not None and verb not in ("PASS", "CAPA", "NOOP"):
-            self.name = None  # PASS follows USER at once (RFC 1939 7)
+        if self.name is not None and verb not in ("PASS", "CAPA"):
+            self.name = None  # PASS follows USER at once (RFC 1939 7); a look at what there is may come between
 
     def nothing(self, argument):
         if argument:
@@ -256,7 +256,7 @@ class POP3Handler(LineHandler):
             blocks = wire(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
             for block in stuff(blocks if lines is None else top(blocks, lines)):
                 self.write(block)
-                sent, first = sent + len(block), first or block
+                sent, first = sent + len(block), first if len(first) > 1 else first + block  # a dot may come alone
         except OSError as error:  # in the middle of a message there is no way to say so
             raise Disconnect(f"message {index + 1}: {error}") from None
         finally:
@@ -331,7 +331,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="pop3d_simple.py", description="A small POP3 server on a Maildir spool.")
+    about = "A small POP3 server on a Maildir spool."
+    parser = argparse.ArgumentParser(prog="pop3d_simple.py", description=about, allow_abbrev=False)
     lineserver.add_options(parser, 1110, [("--pop3s-port", 1995)])
     args = parser.parse_args(argv)
     lineserver.check_options(parser, args)

@@ -956,8 +956,9 @@ class Relay:
                         self.settle(host, entry, recipients, dict.fromkeys(addresses(recipients), down))
                 except Exception:  # such as a disk that fails: the others need not wait for this one
                     self.log.exception("%s to %s", name, host)
+                    later = time.time() + self.first_pause
                     for waiting in recipients:
-                        waiting["next"] = max(waiting["next"], time.time() + self.first_pause)
+                        waiting["next"] = max(waiting["next"], later)
         finally:
             with self.guard:  # send_what_is_due() may not have entered it yet
                 del self.active[host]
@@ -1105,7 +1106,7 @@ class Relay:
             now, where = time.time(), show_address(*host) if host else "nowhere"
             for waiting in recipients:  # first of all, so that whatever fails below does not make us send it again
                 outcome = outcomes.get(waiting["address"], Outcome("delayed", "4.3.0", "our mistake"))
-                self.note(waiting, outcome, now - entry["arrived"])
+                self.note(waiting, outcome, now, now - entry["arrived"])
                 action, error = waiting["action"], waiting["error"]
                 self.log.info("%s to <%s> via %s: %s (%s)", entry["id"], waiting["address"], where, action, error)
             entry["recipients"] = [r for r in entry["recipients"] if r.get("action") != "relayed"]
@@ -1130,13 +1131,17 @@ class Relay:
         try:
             self.report(entry, recipients, host, f"{self.store.queue_folder}/{entry['id']}")
         except OSError:
+            later = time.time() + self.first_pause
             for waiting in recipients:
                 if waiting["action"] == "failed":
-                    waiting.update(action="delayed", next=time.time() + self.first_pause)
+                    waiting.update(action="delayed", next=later)
 
-    def note(self, waiting: dict, outcome: Outcome, age: float) -> None:
-        """Write an attempt's outcome into a recipient's record, with when to try again and whether to tell."""
-        waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False, tried=time.time())
+    def note(self, waiting: dict, outcome: Outcome, now: float, age: float) -> None:
+        """Write an attempt's outcome into a recipient's record, with when to try again and whether to tell.
+
+        All that were tried together get the same time, and are tried together again: one transaction for one host.
+        """
+        waiting.update(action=outcome.action, status=outcome.status, error=outcome.error, tell=False, tried=now)
         waiting["attempts"] += 1
         if outcome.action == "relayed":
             waiting["tell"] = wants(waiting["notify"], "SUCCESS") and not outcome.dsn
@@ -1146,7 +1151,7 @@ class Relay:
             waiting.update(action="failed", status="5.4.7", tell=wants(waiting["notify"], "FAILURE"))
         else:
             pause = min(self.first_pause * 2 ** min(waiting["attempts"] - 1, 30), self.longest_pause)
-            waiting["next"] = time.time() + min(pause, max(self.lifetime - age, 0.01))
+            waiting["next"] = now + min(pause, max(self.lifetime - age, 0.01))
             if wants(waiting["notify"], "DELAY") and not waiting["warned"] and age >= self.warn_after:
                 waiting.update(warned=True, tell=True)
 

@@ -225,6 +225,12 @@ def date_of(second: int) -> str:
     return f"{day}, {t.tm_mday:02d} {month} {t.tm_year} {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} {zone}"
 
 
+def trace_fields(sender: str, mailbox: str, recipient: str, received: str) -> bytes:
+    """Return what stands before a message in a mailbox; `received` is this hop's own field."""
+    original = f"X-Original-To: {recipient}\r\n" if mailbox.lower() != recipient.lower() else ""
+    return f"Return-Path: <{sender}>\r\nDelivered-To: {mailbox}\r\n{received}{original}".encode()
+
+
 def count_hops(header: bytes) -> int:
     """Return how many hosts a message has come through, by its `Received` fields."""
     fields = (b"\n" + header.lower()).split(b"\nreceived")[1:]
@@ -508,8 +514,6 @@ class SMTPHandler(LineHandler):
     def resolve(self, address):
         """Return the mailboxes that an address reaches; none means that it goes on to another host."""
         relay, domain = self.server.relay, address.rpartition("@")[2]
-        if address.lower() == f"postmaster@{self.server.hostname.lower()}":  # whom our reports are from
-            address = "postmaster"
         if mailboxes := relay.mailboxes(address):
             return mailboxes
         if "@" not in address or relay.store.users.is_local(domain):
@@ -613,10 +617,8 @@ class SMTPHandler(LineHandler):
         for recipient in envelope.accepted:
             for mailbox in recipient.mailboxes:
                 if mailbox not in copies:
-                    head = f"Return-Path: <{envelope.sender}>\r\nDelivered-To: {mailbox}\r\n{received}"
-                    if mailbox.lower() != recipient.address.lower():
-                        head += f"X-Original-To: {recipient.address}\r\n"
-                    copies[mailbox] = Copy(self.server.store.mailbox(mailbox), head.encode())
+                    head = trace_fields(envelope.sender, mailbox, recipient.address, received)
+                    copies[mailbox] = Copy(self.server.store.mailbox(mailbox), head)
         if not all(recipient.mailboxes for recipient in envelope.accepted):
             copies[None] = Copy(self.server.store.queue_folder, received.encode(), envelope.id)
         return list(copies.values())
@@ -663,7 +665,7 @@ class SMTPHandler(LineHandler):
         if not self.may_ask():
             return "252 2.5.0 Send a message and see"
         users, relay, domain = self.server.store.users, self.server.relay, name.rpartition("@")[2]
-        found = users.find(name)
+        found = users.find(name) or relay.mailboxes(name)[:1]
         if "@" in name and not users.is_local(domain) and relay.route(domain) and not relay.mailboxes(name):
             return "252 2.5.0 Not a mailbox here; send a message and see"
         if not found:
@@ -841,6 +843,8 @@ class Relay:
 
     def mailboxes(self, address: str) -> list[str]:
         """Return the mailboxes here that mail for an address reaches; a route of its own beats a catch-all."""
+        if address.lower() == f"postmaster@{self.hostname.lower()}":  # whom our reports are from
+            address = "postmaster"
         users, domain = self.store.users, address.rpartition("@")[2]
         elsewhere = domain.lower() in self.routes and not users.is_local(domain)
         return [] if elsewhere else users.mailboxes(address)
@@ -1184,10 +1188,10 @@ class Relay:
         received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
         copies, entry = [], None
         for mailbox in mailboxes:
-            head = f"Return-Path: <>\r\nDelivered-To: {mailbox}\r\n{received}"
-            copies.append(Copy(self.store.mailbox(mailbox), head.encode()))
+            copies.append(Copy(self.store.mailbox(mailbox), trace_fields("", mailbox, recipient, received)))
         if not mailboxes:
-            if not self.route(recipient.rpartition("@")[2]):
+            domain = recipient.rpartition("@")[2]
+            if self.store.users.is_local(domain) or not self.route(domain):
                 self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
                 return
             copies = [Copy(self.store.queue_folder, received.encode(), name)]
@@ -1264,6 +1268,7 @@ def build_report(relay: Relay, name: str, entry: dict, recipients: list[dict], h
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
         f'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="{boundary}"',
+        "Content-Transfer-Encoding: 8bit",
         f"\r\n--{boundary}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n",
         *explain(relay, entry, recipients, title),
         f"\r\n--{boundary}\r\nContent-Type: message/delivery-status\r\n",

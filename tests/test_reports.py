@@ -133,12 +133,34 @@ def test_success_at_a_next_host_without_dsn_is_relayed(stores):
 
 
 def test_a_report_that_cannot_be_delivered_goes_nowhere(stores, caplog):
-    with pair(stores) as (a, _), smtplib.SMTP(a.host, a.port) as client:
-        client.login("alice", "wonderland")
-        client.sendmail("someone@no.way.example", ["nobody@b.example"], CONTENT)
-        assert empty(stores[0])
-    assert "no way leads" in caplog.text
-    assert stores[0].queued() == []
+    """Also one for nobody of our own domain, though there is a host for everything that is elsewhere."""
+    hook = Intercept()
+    with SMTPServer(("127.0.0.1", 0), stores[1], hostname="b.example", intercept=hook) as b:
+        for way, sender in (("route", "someone@no.way.example"), ("relay", "typo@a.example")):
+            to = f"127.0.0.1:{b.port}"
+            options = {"route": {"b.example": to}} if way == "route" else {"relay": to}
+            with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a, smtplib.SMTP(a.host, a.port) as client:
+                client.login("alice", "wonderland")
+                client.sendmail(sender, ["nobody@b.example"], CONTENT)
+                assert empty(stores[0])
+    assert caplog.text.count("no way leads") == 2
+    assert [argument.split()[0] for verb, argument in hook.seen if verb == "MAIL"] == [
+        "FROM:<someone@no.way.example>",
+        "FROM:<typo@a.example>",
+    ]
+
+
+def test_a_report_for_our_own_postmaster_stays_here(stores):
+    """Whom our reports are from: at RCPT, at VRFY and as the sender of what fails."""
+    with SMTPServer(("127.0.0.1", 0), stores[1], hostname="b.example") as b:
+        options = {"hostname": "mx.test", "relay": f"127.0.0.1:{b.port}"}
+        with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a, smtplib.SMTP(a.host, a.port) as client:
+            assert client.verify("Postmaster@MX.test") == (250, b"2.1.5 <alice@a.example>")
+            client.login("alice", "wonderland")
+            client.sendmail("postmaster@mx.test", ["nobody@b.example"], CONTENT)
+            [report] = stores[0].wait("alice@a.example")
+    assert report["X-Original-To"] == "postmaster@mx.test"
+    assert fields(report)[1]["Status"] == "5.1.1"
 
 
 def test_what_others_say_stays_on_its_line():
@@ -181,6 +203,7 @@ def test_a_report_goes_as_the_8_bits_that_it_has(stores):
         assert empty(stores[0])
     [report] = [argument for verb, argument in hook.seen if verb == "MAIL" and argument.startswith("FROM:<>")]
     assert "BODY=8BITMIME" in report
+    assert stores[1].messages("bob@b.example")[0]["Content-Transfer-Encoding"] == "8bit"
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("a+2Bb", "a+b"), ("a+0Ab", "a+0Ab"), ("", ""), ("+E9", "+E9")])

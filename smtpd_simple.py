@@ -167,16 +167,13 @@ def unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
     return data[:cut].replace(b"\r\n.", b"\r\n") if dots else data[:cut], data[cut:], False
 
 
-def lf_ends_lines(blocks):
-    """Yield blocks with CRLF for each LF, from a person with netcat; see README.  A CR alone ends nothing.
+def lf_ends_lines(block: bytes) -> tuple[bytes, bytes]:
+    """Return what a person with netcat has sent, with CRLF for each LF (see README), and what waits for the next block.
 
-    One that a block ends with waits for the next; behind the end of a message it is as good as gone.
+    A CR alone ends nothing; one at the end may yet be followed by its LF.
     """
-    held = b""
-    for block in blocks:
-        block = held + block
-        held = b"\r" if block.endswith(b"\r") else b""
-        yield block.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    held = b"\r" if block.endswith(b"\r") else b""
+    return block.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"), held
 
 
 class Newlines:
@@ -290,6 +287,8 @@ class Arrival:
         self.put(self.newlines.feed(block))
 
     def put(self, block: bytes) -> None:
+        if not self.octets and block[:1] in (b" ", b"\t"):  # it would go on with our last trace field
+            self.incoming.write(b"\r\n")
         self.octets += len(block)
         if self.session.server.trace and len(self.head) < lineserver.Trace.DATA_OCTETS:
             self.head += block
@@ -550,16 +549,18 @@ class SMTPHandler(LineHandler):
 
     def content(self):
         """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
-        rest, started = b"\r\n", False
-        blocks = self.reader.blocks(self.server.timeout, READ_BLOCK)
-        for block in lf_ends_lines(blocks) if self.bare_lf else blocks:
-            content, rest, ended = unstuff(rest + block)
+        rest, held, started = b"\r\n", b"", False
+        for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
+            lines, held = lf_ends_lines(held + block) if self.bare_lf else (block, b"")
+            content, rest, ended = unstuff(rest + lines)
             if content:
                 yield content if started else content[2:]
                 started = True
             if ended:
                 break
-        self.reader.buffer[:0] = rest.replace(b"\r\n", b"\n") if self.bare_lf else rest
+        if self.bare_lf:  # put back what came, which may be a chunk, and not what was made of it
+            rest = b"\n".join(block.rsplit(b"\n", rest.count(b"\n") + 1)[1:])
+        self.reader.buffer[:0] = rest
 
     def bdat(self, argument):
         """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""

@@ -147,7 +147,7 @@ MESSAGES = {
     "no body": b"Subject: x\r\n",
     "not a message": b"just a line\r\n",
     "dots": b"Subject: .\r\n\r\n.\r\n..\r\n.a\r\n...\r\n",
-    "8 bit and NUL": bytes(range(32, 256)) + b"\0\0\r\n",
+    "8 bit and NUL": bytes(range(33, 256)) + b"\0\0\r\n",
     "a line of a megabyte": b"Subject: x\r\n\r\n" + b"x" * 1_000_000 + b"\r\n",
     "long lines of dots": b"\r\n".join([b"." * 997] * 50) + b"\r\n",
     "empty lines": b"\r\n" * 1000,
@@ -282,6 +282,33 @@ def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store, text, siz
     [path] = store.paths("alice@example.test")
     with open(path, "rb") as file:
         assert b"Subject" + file.read().partition(b"Subject")[2] == LF_MESSAGES[text]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100_000])
+def test_a_chunk_behind_data_of_such_a_session_is_as_it_was_sent(smtp, store, size):
+    """What follows the end of a message is put back unchanged: a chunk's octets are counted."""
+    envelope = b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\n"
+    text = envelope + b"DATA\nx\n.\n" + envelope + b"BDAT 7 LAST\na\r\nb\r\n\rNOOP\nQUIT\n"
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.send(b"EHLO me\n")
+        client.reply()
+        for start in range(0, len(text), size):
+            client.send(text[start : start + size])
+        codes = [client.reply()[:3] for _ in range(9)]
+    assert codes == ["250", "250", "354", "250", "250", "250", "250", "250", "221"]
+    with open(store.paths("alice@example.test")[1], "rb") as file:
+        assert file.read().endswith(b"\r\na\r\nb\r\n\r\n")
+
+
+def test_a_first_line_that_would_go_on_with_our_fields(smtp, store):
+    """It begins a body without a header, as an empty line in front of it says."""
+    for text in (b"\t@evil.test\r\nX-A: b\r\n\r\nx\r\n", b" x\r\n"):
+        assert send(smtp, text).startswith("250")
+        with open(store.paths("alice@example.test")[-1], "rb") as file:
+            assert file.read().endswith(b"\r\n\r\n" + text)
+        message = store.messages("alice@example.test")[-1]
+        assert (message["X-A"], "evil" in message["Received"]) == (None, False)
 
 
 def test_lf_later_in_a_session_does_not(smtp, store):

@@ -791,7 +791,7 @@ def new_entry(name: str, sender: str, recipients: list[Recipient], parameters: d
 
 
 class Outcome(collections.namedtuple("Outcome", "action status error dsn", defaults=[False])):
-    """What an attempt came to for one recipient: `action` is delivered, relayed, delayed or failed (RFC 3464 2.3.3).
+    """What an attempt came to for one recipient: `action` is relayed, delayed or failed (RFC 3464 2.3.3).
 
     With `dsn` the next host reports by itself.
     """
@@ -1054,13 +1054,16 @@ class Relay:
         parameters, dsn = entry["parameters"], client.has_extn("dsn")
         client.command_encoding = "utf-8"
         if "SMTPUTF8" in parameters and not client.has_extn("smtputf8"):
-            no = Outcome("failed", "5.6.7", "the next host does not take addresses that are not ASCII")
-            return outcomes.update(dict.fromkeys(addresses(recipients), no))
+            outcomes.update(self.needing_utf8(entry, recipients))
+            recipients = [waiting for waiting in recipients if waiting["address"] not in outcomes]
+            if not recipients:
+                return
         if parameters.get("BODY", "").upper() == "8BITMIME" and not client.has_extn("8bitmime"):
             self.log.warning("%s goes as it is to a host that does not offer 8BITMIME", entry["id"])
         code, text = client.docmd("MAIL", f"FROM:<{entry['sender']}>{self.mail_options(client, entry)}")
         if code // 100 != 2:
-            return outcomes.update(dict.fromkeys(addresses(recipients), Outcome.of(code, text)))
+            outcomes.update(dict.fromkeys(addresses(recipients), Outcome.of(code, text)))
+            return
         taken = []
         for waiting in recipients:
             code, text = client.docmd("RCPT", f"TO:<{waiting['address']}>{rcpt_options(waiting) if dsn else ''}")
@@ -1068,10 +1071,23 @@ class Relay:
                 taken.append(waiting["address"])
             else:  # 552 means too many recipients here (RFC 5321 4.5.3.1.10)
                 outcomes[waiting["address"]] = Outcome.of(452 if code == 552 else code, text)
-        if not taken:
-            return None
-        outcomes.update(dict.fromkeys(taken, Outcome.of(*self.send_content(client, entry["id"]), dsn)))
-        return None
+        if taken:
+            outcomes.update(dict.fromkeys(taken, Outcome.of(*self.send_content(client, entry["id"]), dsn)))
+
+    def needing_utf8(self, entry: dict, recipients: list[dict]) -> dict[str, Outcome]:
+        """Return the failures of those whom a message can't reach over a host without SMTPUTF8 (RFC 6531 3.2)."""
+        failures = {}
+        with self.store.queued_message(entry["id"]) as file:
+            header = file.read(BLOCK).partition(b"\r\n\r\n")[0]
+        for waiting in recipients:
+            if not (entry["sender"] + waiting["address"] + rcpt_options(waiting)).isascii():
+                why = "5.6.7", "the next host does not take addresses that are not ASCII"
+            elif not header.isascii():
+                why = "5.6.9", "the next host does not take header fields that are not ASCII"
+            else:
+                continue
+            failures[waiting["address"]] = Outcome("failed", *why)
+        return failures
 
     def send_content(self, client, name: str) -> tuple[int, bytes]:
         """Send DATA and a queued message; return the reply to it, also when it comes before the message has ended."""
@@ -1092,7 +1108,9 @@ class Relay:
                     return client.getreply()
                 finally:
                     client.timeout = self.timeout
-        return (451 if code // 100 == 2 else code), text  # out of step: what was not sent can't have been taken
+        if code // 100 == 2:  # out of step: what was not sent can't have been taken
+            raise ConnectionError(f"answered DATA with {code} {text.decode('utf-8', 'replace')}")
+        return code, text
 
     def mail_options(self, client, entry: dict) -> str:
         """Return MAIL's parameters, as the client gave them and as far as the next host offers them."""
@@ -1100,7 +1118,7 @@ class Relay:
         size = os.path.getsize(f"{self.store.queue_folder}/{entry['id']}")  # with our Received
         options = f" SIZE={size}" if offered("size") else ""
         options += f" BODY={parameters['BODY']}" if "BODY" in parameters and offered("8bitmime") else ""
-        options += " SMTPUTF8" if "SMTPUTF8" in parameters else ""
+        options += " SMTPUTF8" if "SMTPUTF8" in parameters and offered("smtputf8") else ""
         for name in ("RET", "ENVID"):
             options += f" {name}={parameters[name]}" if name in parameters and offered("dsn") else ""
         return options

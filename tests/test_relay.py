@@ -316,18 +316,62 @@ def test_a_host_without_extensions_gets_none(stores):
     assert ("RCPT", "TO:<bob@b.example>") in hook.seen
 
 
-def test_smtputf8_goes_only_where_it_is_offered(stores):
-    for reply in (None, "250 plain.example"):
-        hook = Intercept(EHLO=[reply] if reply else [])
-        with pair(stores, b_options={"intercept": hook}) as (a, _), smtplib.SMTP(a.host, a.port) as client:
-            client.login("alice", "wonderland")
-            client.sendmail("alice@a.example", ["bob@b.example"], b"Subject: x\r\n\r\n", ["SMTPUTF8"])
-            if reply is None:
-                stores[1].wait("bob@b.example")
-            else:
-                [report] = stores[0].wait("alice@a.example")
-                assert report.get_payload(1).get_payload()[1]["Status"] == "5.6.7"
-            assert empty(stores[0])
+SMTPUTF8 = {  # sender, recipients, Subject: which fail at a host that does not offer it, with which status
+    ("alice@a.example", "bob@b.example", "x"): {},
+    ("alice@a.example", "bob@b.example", "é"): {"rfc822;bob@b.example": "5.6.9"},
+    ("alicé@a.example", "bob@b.example", "x"): {"rfc822;bob@b.example": "5.6.7"},
+    ("alice@a.example", "bob@b.example bøb@b.example", "x"): {"utf-8;b\\x{F8}b@b.example": "5.6.7"},
+}
+
+
+@pytest.mark.parametrize("mail", SMTPUTF8, ids=ascii)
+@pytest.mark.parametrize("offered", [True, False])
+def test_smtputf8_goes_only_where_it_is_offered(tmp_path, offered, mail):
+    """What does not need it goes without; what does comes back with the reason."""
+    a = Store(tmp_path / "a", {"alice@a.example": "wonderland", "alicé@a.example": "x"}, sync=False)
+    b = Store(tmp_path / "b", {"bob@b.example": "x", "bøb@b.example": "x"}, sync=False)
+    sender, recipients, subject = mail
+    hook = Intercept()
+
+    def plain(session, verb, argument):
+        hook(session, verb, argument)
+        if verb != "EHLO" or offered:
+            return None
+        session.helo = argument
+        return "250 plain.example"
+
+    with pair((a, b), b_options={"intercept": plain}) as (server, _), Line(server.host, server.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        client.ask(f"AUTH PLAIN {PLAIN}")
+        client.ask(f"MAIL FROM:<{sender}> SMTPUTF8")
+        for recipient in recipients.split():
+            assert client.ask(f"RCPT TO:<{recipient}>").startswith("250")
+        client.ask("DATA")
+        client.send(f"Subject: {subject}\r\n\r\nx\r\n.\r\n".encode())
+        assert client.reply().startswith("250")
+        assert empty(a)
+    failed = {} if offered else SMTPUTF8[mail]
+    reported = {}
+    for report in a.messages(sender):
+        for about in report.get_payload(1).get_payload()[1:]:
+            reported[about["Final-Recipient"]] = about["Status"]
+    assert reported == failed
+    assert sum(len(b.messages(name)) for name in b.users.accounts.values()) == len(recipients.split()) - len(failed)
+    assert all(("SMTPUTF8" in argument) is offered for verb, argument in hook.seen if verb == "MAIL")
+
+
+def test_what_a_host_says_out_of_step_is_no_diagnostic(stores):
+    """250 to DATA: nothing has been sent that could have been taken, and no reply is made up for the report."""
+    hook = Intercept(DATA=["250 2.0.0 what"] * 1000)
+    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
+        send(a, ["bob@b.example"])
+        [report] = stores[0].wait("alice@a.example", timeout=10)
+        assert empty(stores[0])
+    about = report.get_payload(1).get_payload()[1]
+    assert (about["Status"], about["Diagnostic-Code"]) == ("5.4.7", None)
+    assert "answered DATA with 250 2.0.0 what" in report.get_payload(0).get_content()
+    assert stores[1].messages("bob@b.example") == []
 
 
 def test_tls_when_the_next_host_offers_it(stores, certificate):

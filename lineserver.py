@@ -582,6 +582,11 @@ class Guesses:
 class LineServer(socketserver.ThreadingTCPServer):
     """One listener and its sessions: `with` serves in threads and stops them within a deadline.
 
+    Keywords, as the programs' options of these names: `hostname`, `tls_cert`, `tls_key`, `tls_self_signed`,
+    `require_tls`, `max_connections`, `timeout` (seconds), `trace` (True, or a Trace to share).  Besides: `implicit_tls`
+    (from the first octet), `max_per_address` (sessions of one client address; all but a tenth), and `intercept`, which
+    may answer a command in the server's place, see SMTPServer.
+
     Attributes: `host` and `port` (where it listens), `store`, `hostname`, `sessions` (the handlers that are live).
     The listener is open, and a bad option or a port in use has raised, when the constructor returns.
     """
@@ -606,7 +611,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         max_connections: int = 1000,
         max_per_address: int | None = None,
         timeout: float | None = None,
-        trace: bool = False,
+        trace: "bool | Trace" = False,
         intercept=None,
     ):
         self.store, self.hostname = store, hostname or store.host
@@ -628,8 +633,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.sessions, self.by_address = set(), {}
         self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
         self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
-        limit = descriptor_limit()
-        self.descriptors = max(limit - SPARE_DESCRIPTORS, limit / 2)  # a session's socket has a number below this
+        self.descriptors = session_descriptors()
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
         self.host, self.port = self.server_address[:2]
@@ -789,14 +793,14 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
-def descriptor_limit() -> float:
-    """Return how many files and sockets this process may have open."""
+def session_descriptors() -> float:
+    """Return below which number the sockets of sessions stay, so that those there are can open files."""
     try:
         import resource
     except ImportError:  # Windows, where a socket's number means nothing
         return float("inf")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return float("inf") if soft == resource.RLIM_INFINITY else soft
+    return float("inf") if soft == resource.RLIM_INFINITY else max(soft - SPARE_DESCRIPTORS, soft / 2)
 
 
 def join(threads, deadline: float) -> None:
@@ -940,7 +944,7 @@ def port_number(text: str) -> int:
 def positive(text: str) -> int:
     """Read a number above zero for argparse."""
     if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) > 0):
-        raise option_error(f"{text!r} is not a number above 0")
+        raise option_error(f"{text!r} is not a whole number above 0")
     return int(text)
 
 

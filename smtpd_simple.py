@@ -24,6 +24,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import os
 import re
 import socket
@@ -279,7 +280,7 @@ class Arrival:
         self.session, self.envelope = session, envelope
         self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
         self.newlines, self.header, self.in_header = Newlines(), bytearray(), True
-        self.head = bytearray()  # for the trace
+        self.shown = bytearray()  # in the trace
         self.incoming = Incoming(session.server.store, session.copies(envelope))
 
     def add(self, block: bytes) -> None:
@@ -290,8 +291,8 @@ class Arrival:
         if not self.octets and block[:1] in (b" ", b"\t"):  # it would go on with our last trace field
             self.incoming.write(b"\r\n")
         self.octets += len(block)
-        if self.session.server.trace and len(self.head) < lineserver.Trace.DATA_OCTETS:
-            self.head += block
+        if self.session.server.trace and len(self.shown) < lineserver.Trace.DATA_OCTETS:
+            self.shown += block
         if self.octets > self.limit:
             self.refuse(f"552 5.3.4 The message is larger than {self.limit} octets")
         if self.refusal or not block:
@@ -542,7 +543,7 @@ class SMTPHandler(LineHandler):
             for block in self.content():
                 arrival.add(block)
             if self.server.trace:
-                self.trace_data("C", b"".join(stuff([bytes(arrival.head)])), arrival.octets)
+                self.trace_data("C", b"".join(stuff([bytes(arrival.shown)])), arrival.octets)
             return arrival.finish()
         finally:
             self.reset()
@@ -565,19 +566,18 @@ class SMTPHandler(LineHandler):
     def bdat(self, argument):
         """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""
         size, last = self.chunk(argument)
-        octets = self.read_chunk(size)
         try:
             self.need_recipients()
-            arrival = self.envelope.arrival = self.envelope.arrival or Arrival(self, self.envelope)
         except Refused:
             self.skip_chunk("BDAT", argument)
             raise
-        for block in octets:
+        arrival = self.envelope.arrival = self.envelope.arrival or Arrival(self, self.envelope)
+        for block in self.read_chunk(size):
             arrival.add(block)
         if not arrival.refusal and not last:
             return f"250 2.0.0 {size} octets taken"
         try:
-            self.trace_data("C", arrival.head, arrival.octets)
+            self.trace_data("C", arrival.shown, arrival.octets)
             return arrival.refusal or arrival.finish()
         finally:
             self.reset()
@@ -814,7 +814,7 @@ class Relay:
     could be noted on disk (a kill behind the 250, a full disk).  One process works at a time, by a lock in the queue's
     folder.  Options, in seconds: `first_pause`, doubled after each try up to `longest_pause`; `lifetime`, after which a
     message goes back; `warn_after`, for those who asked for a report on delay; `timeout`, for each answer (ten times as
-    long for the one to the message).
+    long for the one to the message).  `hosts_at_once`: how many are talked to at a time.
     """
 
     def __init__(
@@ -836,9 +836,10 @@ class Relay:
         self.routes = {domain.lower(): lineserver.split_address(to, 25) for domain, to in (routes or {}).items()}
         self.first_pause, self.longest_pause, self.lifetime = first_pause, longest_pause, lifetime
         self.warn_after, self.timeout, self.hosts_at_once = warn_after, timeout, hosts_at_once
-        self.entries, self.active, self.clients, self.thread, self.lock = {}, {}, set(), None, None
+        self.entries, self.active = {}, {}  # the queue's entries by id, and the threads by the host that each talks to
+        self.clients, self.thread, self.queue_lock = set(), None, None
         self.guard, self.stopping = threading.RLock(), threading.Event()
-        self.log = lineserver.logging.getLogger("relay")
+        self.log = logging.getLogger("relay")
 
     # ---- where mail goes
 
@@ -887,18 +888,18 @@ class Relay:
         for client in list(self.clients):  # close() would wait for the thread that reads
             with contextlib.suppress(OSError, AttributeError):
                 client.sock.shutdown(socket.SHUT_RDWR)
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if self.queue_lock is not None:
+            os.close(self.queue_lock)
+            self.queue_lock = None
 
     def work(self) -> None:
         while not self.stopping.is_set():
             self.store.queue_changed.clear()
             pause = 1.0  # other processes put mail into the queue, too
             try:
-                if self.lock is None:
-                    self.lock = self.store.lock_queue()
-                if self.lock is not None:
+                if self.queue_lock is None:
+                    self.queue_lock = self.store.lock_queue()
+                if self.queue_lock is not None:
                     self.look()
                     pause = self.send_what_is_due()
             except Exception:
@@ -1301,8 +1302,8 @@ def build_report(relay: Relay, name: str, entry: dict, recipients: list[dict], h
 
 def explain(relay: Relay, entry: dict, recipients: list[dict], title: str) -> list[str]:
     """Return a report's part for people."""
-    subject = f"This is the mail server {relay.hostname}. Your message of {mail_date(entry['arrived'])} {title}:"
-    return [subject, "", *[f"  <{r['address']}>: {r['action']}. {r['error']}".rstrip() for r in recipients]]
+    opening = f"This is the mail server {relay.hostname}. Your message of {mail_date(entry['arrived'])} {title}:"
+    return [opening, "", *[f"  <{r['address']}>: {r['action']}. {r['error']}".rstrip() for r in recipients]]
 
 
 def status_fields(relay: Relay, entry: dict, recipients: list[dict], host: str) -> list[str]:

@@ -6,9 +6,10 @@
     spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (who still waits)
 
 A delivery writes tmp/, syncs, renames into new/, syncs the folder, and only then is a message acknowledged; a crash
-leaves nothing worse than a file in tmp/, which nobody reads.  Writers need no lock (that is Maildir's point), readers
-hold pop3.lock.  File names are `<seconds>.M<microseconds>P<pid>Q<counter>.<host>,S=<octets>,W=<octets>`: S is the
-file's size and W its size on the wire, so a maildrop is opened by listing it.  The name up to a `:` is the UIDL.
+leaves files that nobody reads, or a message that comes twice, and loses none.  Writers need no lock (that is Maildir's
+point), readers hold pop3.lock.  Names are `<seconds>.M<microseconds>P<pid>Q<counter>.<host>,S=<octets>,W=<octets>`.
+S is the file's size and W its size on the wire, so a maildrop is opened by listing it; the name up to a `:` is the
+UIDL.
 
 This module knows no socket and no reply code; a full disk or a missing folder is an OSError.
 
@@ -45,6 +46,8 @@ CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
 STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
 SCRYPT_TURN = threading.Semaphore(2)  # at a time: a crowd of guesses must not take all memory
+COARSE, FINE = 2_000_000_000, 100_000_000  # ns that a file system's time of change may stand still, by its kind
+MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB, or 60 where sizes had to be measured
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as shipped in users.txt
 
 log = logging.getLogger("store")
@@ -264,7 +267,7 @@ class Users:
         import hmac
 
         address = self.login_address(name)
-        secret = self.secrets[key(address)] if address else "{}"
+        secret = self.secrets[key(address)] if address else ""  # which nobody has
         if not secret.startswith("{SCRYPT}"):
             right = hmac.compare_digest(secret.encode(), password) and address is not None
             if not right and self.hashed:
@@ -284,7 +287,7 @@ class Users:
         import hmac
 
         address = self.login_address(name)
-        secret = self.secrets[key(address)] if address else "{SCRYPT}"
+        secret = self.secrets[key(address)] if address else "{SCRYPT}"  # which never answers right
         known = not secret.startswith("{SCRYPT}")
         right = hmac.compare_digest(answer(secret.encode()).encode(), digest.lower().encode("utf-8", "replace"))
         return address if right and known else None
@@ -319,10 +322,10 @@ def parse_hash(secret: str) -> tuple[bytes, bytes] | None:
 counter = itertools.count(1)
 
 
-def unique(host: str, octets: int, wire: int) -> str:
+def unique(host: str, octets: int, octets_on_wire: int) -> str:
     """Return a Maildir file name that no other delivery anywhere has; as a UIDL it must not be over 70 octets."""
     seconds, micros = divmod(time.time_ns() // 1000, 1_000_000)
-    name, sizes = f"{seconds}.M{micros:06d}P{os.getpid()}Q{next(counter)}", f",S={octets},W={wire}"
+    name, sizes = f"{seconds}.M{micros:06d}P{os.getpid()}Q{next(counter)}", f",S={octets},W={octets_on_wire}"
     return f"{name}.{host[: MAX_UID - 1 - len(name) - len(sizes)]}{sizes}"
 
 
@@ -338,7 +341,7 @@ class Copy(collections.namedtuple("Copy", "folder head name", defaults=[None])):
 
 
 class Incoming:
-    """A message on its way to disk, one file per copy; nothing shows until `commit` returns.
+    """A message on its way to disk, one file per copy; nothing shows before `commit`.
 
     Whoever makes one calls `write` with the message's octets, then `commit`, and in the end `close`, which removes
     what was not committed.  Each of them may raise OSError.
@@ -349,7 +352,7 @@ class Incoming:
         self.blocks, self.held, self.size, self.tail = [], 0, 0, b""
         self.stem, self.parts = f"{time.time_ns()}.{os.getpid()}.{next(counter)}", itertools.count()
         self.pending = {}  # files in tmp/, and what each will be
-        self.fd = None  # the first copy, once the message streams
+        self.fd = self.first = None  # descriptor and path of the first copy, once the message streams
 
     def write(self, block: bytes) -> None:
         """Add octets; beyond a megabyte they go to disk as they come."""
@@ -367,6 +370,7 @@ class Incoming:
         self.tail = (self.tail + data[-2:])[-2:]
         if self.fd is None:
             self.fd = self.create(self.copies[0].folder)
+            [self.first] = self.pending
             write_all(self.fd, self.copies[0].head)
         write_all(self.fd, data)
 
@@ -418,7 +422,7 @@ class Incoming:
         elif index:
             self.write_file(copy.folder, target, copy.head, self.content_of_first())
         else:
-            self.pending[next(iter(self.pending))] = target
+            self.pending[self.first] = target
             self.store.sync_file(self.fd)
 
     def write_file(self, folder: str, target: str, head: bytes, rest: Iterable[bytes] = ()) -> None:
@@ -526,14 +530,14 @@ class Store:
         """Return the folder of an account."""
         return f"{self.folder}/{key(address)}"
 
-    def keep_listing(self, folder: str, found: tuple) -> None:
-        """Remember what was found in a mailbox's folders, with their times: polling then lists nothing."""
+    def keep_listing(self, found: "Listing") -> None:
+        """Remember what was found in a mailbox's folder: polling then lists nothing."""
         with self.listings_lock:
-            before = self.listings.get(folder)
-            self.kept += len(found[1]) - (len(before[1]) if before else 0)
+            before = self.listings.get(found.folder)
+            self.kept += len(found.names) - (len(before.names) if before else 0)
             if self.kept > MAX_KEPT:
-                self.listings, self.kept = {}, len(found[1])
-            self.listings[folder] = found
+                self.listings, self.kept = {}, len(found.names)
+            self.listings[found.folder] = found
 
     def publish(self, tmp: str, path: str) -> str:
         """Move a file from tmp/ to where it is a message; return its path."""
@@ -726,9 +730,16 @@ class Store:
 
 
 ENTRY_FIELDS = {"id": str, "sender": str, "arrived": int | float, "parameters": dict, "recipients": list}
-RECIPIENT_FIELDS = {"address": str, "attempts": int, "next": int | float, "error": str, "warned": bool}
-RECIPIENT_FIELDS["tried"] = int | float
-RECIPIENT_FIELDS |= dict.fromkeys(("notify", "orcpt"), str | None)
+RECIPIENT_FIELDS = {
+    "address": str,
+    "notify": str | None,
+    "orcpt": str | None,
+    "attempts": int,
+    "next": int | float,
+    "tried": int | float,
+    "error": str,
+    "warned": bool,
+}
 
 
 def fits(record: dict, fields: dict) -> bool:
@@ -767,12 +778,27 @@ ONLY_CRLF = (None, "\r\n")  # of line_ends(): as mail goes over the wire
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
-SETTLED = 2_000_000_000, 100_000_000  # ns in which two changes may leave the same time: a whole second, or a finer one
-MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB, or 60 where sizes had to be measured
-
-
 class InUse(Exception):
     """Another session has the maildrop open."""
+
+
+class Listing(collections.namedtuple("Listing", "folder times names sizes in_cur unsized measured")):
+    """What was found in a mailbox's folder, whose new/ and cur/ had these `times`.
+
+    `names` and `sizes` are those of the messages' files, oldest first, `in_cur` the names that were in cur/.  `unsized`
+    are the names without a size in them, and `measured` their sizes by `stamp_of` the files.
+    """
+
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{'cur' if name in self.in_cur else 'new'}/{name}"
+
+    def is_as_measured(self) -> bool:
+        """Say whether the files whose sizes are not in their names are still what was measured."""
+        try:
+            states = map(os.stat, map(self.path, self.unsized))
+            return list(map(stamp_of, self.unsized, states)) == list(self.measured)
+        except OSError:
+            return False
 
 
 class Maildrop:
@@ -783,8 +809,7 @@ class Maildrop:
     """
 
     def __init__(self, store: Store, address: str):
-        self.store, self.folder = store, store.mailbox(address)
-        self.lock, self.measured = None, {}
+        self.store, self.folder, self.lock_fd = store, store.mailbox(address), None
         try:
             self.open_folder()
         except FileNotFoundError:  # no mail yet, or somebody took the folder away
@@ -792,88 +817,54 @@ class Maildrop:
             self.open_folder()
 
     def open_folder(self) -> None:
-        self.lock = take_lock(f"{self.folder}/pop3.lock")
-        if self.lock is None:
+        self.lock_fd = take_lock(f"{self.folder}/pop3.lock")
+        if self.lock_fd is None:
             raise InUse
         try:
-            self.take_snapshot()
+            self.listing = self.look()
         except BaseException:
             self.close()
             raise
+        self.names, self.sizes = self.listing.names, self.listing.sizes
 
-    def take_snapshot(self) -> None:
+    def look(self) -> Listing:
         """List the folders, unless nothing in them has changed since they were last listed."""
         states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
         times = [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
-        if (kept := self.store.listings.get(self.folder)) and kept[0] == times:
-            _, self.names, self.sizes, self.seen, self.unsized, self.measured = kept
-            if self.is_as_measured():
-                return
+        kept = self.store.listings.get(self.folder)
+        if kept and kept.times == times and kept.is_as_measured():
+            return kept
         now = time.time_ns()
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
-        self.seen = set(cur)
         if cur:  # what another program moves while we look is in both
             bases = {name.partition(":")[0] for name in cur}
             new = [name for name in new if name.partition(":")[0] not in bases]
         names = sorted(new + cur)
         text = "\n".join(names)
-        sizes = WIRE_SIZE.findall(text)
-        if len(sizes) == len(names) == text.count("\n") + bool(names):
-            self.names, self.sizes, self.unsized, self.measured = names, list(map(int, sizes)), [], {}
-        else:
-            self.measure(names)
-        if all(now - max(mtime, ctime) > SETTLED[mtime % 1_000_000_000 > 0] for mtime, ctime, _ in times):
-            found = times, self.names, self.sizes, self.seen, self.unsized, self.measured
-            self.store.keep_listing(self.folder, found)
+        sizes = list(map(int, WIRE_SIZE.findall(text)))
+        found = Listing(self.folder, times, names, sizes, set(cur), [], {})
+        if not len(sizes) == len(names) == text.count("\n") + bool(names):  # a line break in a name counts as one more
+            found = self.measure(found)
+        if all(now - max(mtime, ctime) > settling(mtime) for mtime, ctime, _ in times):
+            self.store.keep_listing(found)
+        return found
 
-    def is_as_measured(self) -> bool:
-        """Say whether the files whose sizes are not in their names are still what was measured."""
-        try:
-            states = map(os.stat, map(self.path, self.unsized))
-            return list(map(stamp_of, self.unsized, states)) == list(self.measured)
-        except OSError:
-            return False
-
-    def measure(self, names: list[str]) -> None:
-        """Find which names are messages, and their sizes, with the help of what was measured before."""
-        known = self.read_sizes()
-        self.names, self.sizes, self.unsized, self.measured = [], [], [], {}
-        for name in names:
+    def measure(self, listing: Listing) -> Listing:
+        """Return the listing of those names that are messages, with the help of what was measured before."""
+        known, names, sizes, unsized, measured = self.read_sizes(), [], [], [], {}
+        for name in listing.names:
             if match := WIRE_SIZE.search(name):
                 size = int(match[1])
             else:
-                size = self.measure_file(name, known)
+                size = measure_file(listing.path(name), name, known, measured)
                 if size is None:
                     continue
-                self.unsized.append(name)
-            self.names.append(name)
-            self.sizes.append(size)
-        if self.measured != known:
-            self.write_sizes()
-
-    def measure_file(self, name: str, known: dict[str, int]) -> int | None:
-        """Return one file's size on the wire, or None when it is none; one that can't be read is there all the same."""
-        path = self.path(name)
-        try:
-            state = os.stat(path)
-        except OSError:
-            return None  # gone again
-        stamp = stamp_of(name, state)
-        size = known.get(stamp)
-        if size is None:
-            if not stat.S_ISREG(state.st_mode):
-                return None
-            try:
-                fd = os.open(path, os.O_RDONLY | BINARY)
-                try:
-                    size = wire_size(fd, state.st_size)
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                log.error("can't read %s: %s", path, error)
-                return state.st_size
-        self.measured[stamp] = size
-        return size
+                unsized.append(name)
+            names.append(name)
+            sizes.append(size)
+        if measured != known:
+            self.write_sizes(measured)
+        return listing._replace(names=names, sizes=sizes, unsized=unsized, measured=measured)
 
     def read_sizes(self) -> dict[str, int]:
         """Return what was measured before: sizes on the wire by the file's own size, time (ns) and name."""
@@ -886,13 +877,13 @@ class Maildrop:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return {}
 
-    def write_sizes(self) -> None:
+    def write_sizes(self, measured: dict[str, int]) -> None:
         import json
 
         tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
         with contextlib.suppress(OSError):  # it only saves time
             with open(tmp, "w", encoding="ascii") as file:
-                file.write(json.dumps(self.measured))
+                file.write(json.dumps(measured))
             os.replace(tmp, f"{self.folder}/pop3.sizes")
 
     @functools.cached_property
@@ -908,9 +899,6 @@ class Maildrop:
             uids = [name if times[uid] > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
         return [uid if PLAIN_UID.fullmatch(uid) else hash_of(uid) for uid in uids]
 
-    def path(self, name: str) -> str:
-        return f"{self.folder}/{'cur' if name in self.seen else 'new'}/{name}"
-
     def open(self, index: int) -> tuple[int, int]:
         """Open a message's file, also when another program has moved or flagged it; FileNotFoundError: it is gone.
 
@@ -919,12 +907,12 @@ class Maildrop:
         """
         name = self.names[index]
         try:
-            fd, state = open_file(self.path(name))
+            fd, state = open_file(self.listing.path(name))
         except FileNotFoundError:
             fd, state = open_file(self.moved(index, self.places()))
         if f",S={state.st_size}," in name:
             return fd, self.sizes[index]
-        size = self.measured.get(stamp_of(name, state))
+        size = self.listing.measured.get(stamp_of(name, state))
         if size is None:
             try:
                 size = wire_size(fd, state.st_size)
@@ -957,7 +945,7 @@ class Maildrop:
         failed, folders, places = 0, set(), None
         for index in indexes:
             try:
-                path = self.path(self.names[index])
+                path = self.listing.path(self.names[index])
                 try:
                     os.unlink(path)
                 except FileNotFoundError:
@@ -975,9 +963,9 @@ class Maildrop:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        if self.lock_fd is not None:
+            os.close(self.lock_fd)
+            self.lock_fd = None
 
 
 def open_file(path: str) -> tuple[int, os.stat_result]:
@@ -988,6 +976,38 @@ def open_file(path: str) -> tuple[int, os.stat_result]:
         os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "not a file", path)
     return fd, state
+
+
+def measure_file(path: str, name: str, known: dict[str, int], measured: dict[str, int]) -> int | None:
+    """Return a file's size on the wire, as `known` or by reading it, and note it in `measured`; None: it is no message.
+
+    One that can't be read is there all the same: to a client that keeps in step by UIDL, what is gone was deleted.
+    """
+    try:
+        state = os.stat(path)
+    except OSError:
+        return None
+    stamp = stamp_of(name, state)
+    size = known.get(stamp)
+    if size is None:
+        try:
+            fd, _ = open_file(path)
+            try:
+                size = wire_size(fd, state.st_size)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.error("can't read %s: %s", path, error)
+            return state.st_size
+    measured[stamp] = size
+    return size
+
+
+def settling(time_ns: int) -> int:
+    """Return how long after such a time (ns) of a folder another change might have left the same one."""
+    return FINE if time_ns % 1_000_000_000 else COARSE
 
 
 def stamp_of(name: str, state: os.stat_result) -> str:

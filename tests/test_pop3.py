@@ -239,7 +239,7 @@ def test_a_client_that_leaves_at_retr_leaves_no_descriptor(pop3, store, deliver)
 
 def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, deliver, monkeypatch):
     """Polling costs two looks at times; whatever happens in a folder is seen at the next login."""
-    monkeypatch.setattr("store.SETTLED", (20_000_000, 20_000_000))
+    monkeypatch.setattr("store.FINE", 20_000_000)
     folder, listed, real = store.mailbox("alice@example.test"), [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
 
@@ -269,7 +269,7 @@ def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, 
 
 def test_listings_that_are_kept_are_counted(pop3, store, deliver, monkeypatch):
     """Beyond the limit all are forgotten but the last: memory stays bounded, whatever is polled."""
-    monkeypatch.setattr("store.SETTLED", (0, 0))
+    monkeypatch.setattr("store.FINE", 0)
     monkeypatch.setattr("store.MAX_KEPT", 4)
     passwords = {"alice": "wonderland", "bob": "builder"}
     for user, names, kept in (("alice", 1, 1), ("bob", 1, 2), ("alice", 2, 3), ("bob", 2, 4), ("alice", 3, 3)):
@@ -277,12 +277,12 @@ def test_listings_that_are_kept_are_counted(pop3, store, deliver, monkeypatch):
         client = login(pop3, user, passwords[user])
         assert client.stat()[0] == names
         client.quit()
-        assert store.kept == sum(len(found[1]) for found in store.listings.values()) == kept
+        assert store.kept == sum(len(found.names) for found in store.listings.values()) == kept
 
 
 def test_a_file_that_is_written_into_is_measured_again(pop3, store, monkeypatch):
     """Which the folder's times don't show; files of other programs are looked at one by one, by size and time."""
-    monkeypatch.setattr("store.SETTLED", (0, 0))
+    monkeypatch.setattr("store.FINE", 0)
     folder, listed, real = store.mailbox("alice@example.test"), [], os.listdir
     store.make_folder(folder)
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))

@@ -98,10 +98,10 @@ class POP3Handler(LineHandler):
         self.timestamp = f"<{os.getpid()}.{time.monotonic_ns()}@{self.server.hostname}>"
         self.commands = self.authorization
 
-    def finish(self):
-        if self.maildrop:
+    def say_goodbye(self, farewell, linger):
+        if self.maildrop:  # before the client gets its time to read this
             self.maildrop.close()
-        super().finish()
+        super().say_goodbye(farewell, linger)
 
     def greeting(self):
         return f"+OK POP3 server ready {self.timestamp}"
@@ -282,8 +282,11 @@ class POP3Handler(LineHandler):
         """Enter the UPDATE state: the only place where messages are deleted (RFC 1939 6)."""
         self.nothing(argument)
         left, _ = self.totals()
-        failed = self.maildrop.remove(sorted(self.deleted))
-        self.maildrop.close()
+        try:
+            failed = self.maildrop.remove(sorted(self.deleted))
+        except OSError as error:
+            self.log_error("QUIT: %s", error)
+            failed = len(self.deleted)
         if failed:
             raise Quit("quit", f"-ERR [SYS/TEMP] {in_words(failed)} could not be deleted")
         raise Quit(f"quit, {len(self.deleted)} deleted", f"+OK good bye, {in_words(left)} left")

@@ -47,6 +47,7 @@ STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Ma
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
 SCRYPT_TURN = threading.Semaphore(2)  # at a time: a crowd of guesses must not take all memory
 COARSE, FINE = 2_000_000_000, 100_000_000  # ns that a file system's time of change may stand still, by its kind
+CHASES = 20  # times that we look for a file which another program renames again and again
 MAX_KEPT = 200_000  # names in the listings that are kept in memory, some 30 MB, or 60 where sizes had to be measured
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as shipped in users.txt
 
@@ -829,13 +830,15 @@ class Maildrop:
 
     def look(self) -> Listing:
         """List the folders, unless nothing in them has changed since they were last listed."""
-        states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
-        times = [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
+        times = self.times()
         kept = self.store.listings.get(self.folder)
         if kept and kept.times == times and kept.is_as_measured():
             return kept
         now = time.time_ns()
+        settled = all(now - max(mtime, ctime) > settling(mtime) for mtime, ctime, _ in times)
         new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
+        if cur and not (settled and self.times() == times):
+            cur = listing_of_what_moves(f"{self.folder}/cur")
         if cur:  # what another program moves while we look is in both
             bases = {name.partition(":")[0] for name in cur}
             new = [name for name in new if name.partition(":")[0] not in bases]
@@ -845,9 +848,14 @@ class Maildrop:
         found = Listing(self.folder, times, names, sizes, set(cur), [], {})
         if not len(sizes) == len(names) == text.count("\n") + bool(names):  # a line break in a name counts as one more
             found = self.measure(found)
-        if all(now - max(mtime, ctime) > settling(mtime) for mtime, ctime, _ in times):
+        if settled and len(found.names) == len(names):  # what could not be looked at may be a message another time
             self.store.keep_listing(found)
         return found
+
+    def times(self) -> list[tuple[int, int, int]]:
+        """Return what changes when a file is added, renamed or removed."""
+        states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
+        return [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
 
     def measure(self, listing: Listing) -> Listing:
         """Return the listing of those names that are messages, with the help of what was measured before."""
@@ -867,11 +875,11 @@ class Maildrop:
         return listing._replace(names=names, sizes=sizes, unsized=unsized, measured=measured)
 
     def read_sizes(self) -> dict[str, int]:
-        """Return what was measured before: sizes on the wire by the file's own size, time (ns) and name."""
+        """Return what was measured before: sizes on the wire by `stamp_of` the files."""
         import json
 
         try:
-            with open(f"{self.folder}/pop3.sizes", encoding="ascii") as file:
+            with open(open_file(f"{self.folder}/pop3.sizes")[0], encoding="ascii") as file:
                 known = json.load(file)
             return known if all(type(size) is int and size >= 0 for size in known.values()) else {}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -881,10 +889,13 @@ class Maildrop:
         import json
 
         tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
-        with contextlib.suppress(OSError):  # it only saves time
+        try:
             with open(tmp, "w", encoding="ascii") as file:
                 file.write(json.dumps(measured))
             os.replace(tmp, f"{self.folder}/pop3.sizes")
+        except OSError:  # it would only save time
+            with contextlib.suppress(OSError):
+                os.unlink(tmp)
 
     @functools.cached_property
     def uids(self) -> list[str]:
@@ -906,10 +917,12 @@ class Maildrop:
         or somebody has written into it.
         """
         name = self.names[index]
-        try:
-            fd, state = open_file(self.listing.path(name))
-        except FileNotFoundError:
-            fd, state = open_file(self.moved(index, self.places()))
+        for path in self.whereabouts(name):
+            with contextlib.suppress(FileNotFoundError):
+                fd, state = open_file(path)
+                break
+        else:
+            raise FileNotFoundError(errno.ENOENT, "gone", name)
         if f",S={state.st_size}," in name:
             return fd, self.sizes[index]
         size = self.listing.measured.get(stamp_of(name, state))
@@ -923,7 +936,10 @@ class Maildrop:
         return fd, size
 
     def places(self) -> dict[str, str]:
-        """Return where each file is now, by name, and those that have got flags also by what stands before them."""
+        """Return where each file is now, by name, and those that have got flags also by what stands before them.
+
+        A listing can miss a file that another program is renaming; who finds one in two of them not is sure.
+        """
         found, known = {}, set(self.names)
         for sub in ("new", "cur"):
             for name in listing(f"{self.folder}/{sub}"):
@@ -932,31 +948,44 @@ class Maildrop:
                     found.setdefault(name.partition(":")[0], path)
         return found
 
-    def moved(self, index: int, places: dict[str, str]) -> str:
-        """Return where a message is now; raise FileNotFoundError when it is nowhere."""
-        name = self.names[index]
-        path = places.get(name) or places.get(name.partition(":")[0])
-        if path is None:
-            raise FileNotFoundError(errno.ENOENT, "gone", name)
-        return path
+    def whereabouts(self, name: str) -> Iterator[str]:
+        """Yield where a message's file was, and as long as more is asked for, where it has been moved since."""
+        yield self.listing.path(name)
+        missed = False
+        for _ in range(CHASES):
+            if path := place_of(name, self.places()):
+                yield path
+            elif missed:
+                return
+            missed = not path
 
     def remove(self, indexes: Iterable[int]) -> int:
-        """Delete messages for good; return how many could not be deleted (those that are gone already could)."""
-        failed, folders, places = 0, set(), None
-        for index in indexes:
-            try:
-                path = self.listing.path(self.names[index])
+        """Delete messages for good; return how many are still there (those that are gone already are not).
+
+        Raises OSError when the folders can't be listed, or what was done can't be made durable.
+        """
+        paths = {name: self.listing.path(name) for name in map(self.names.__getitem__, indexes)}
+        failed, folders, missed = 0, set(), set()
+        for _ in range(CHASES):
+            gone = []
+            for name, path in paths.items():
                 try:
                     os.unlink(path)
+                    folders.add(os.path.dirname(path))
                 except FileNotFoundError:
-                    places = self.places() if places is None else places
-                    os.unlink(path := self.moved(index, places))
-                folders.add(os.path.dirname(path))
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                log.error("can't delete %s: %s", self.names[index], error)
-                failed += 1
+                    gone.append(name)
+                except OSError as error:
+                    log.error("can't delete %s: %s", name, error)
+                    failed += 1
+            if not gone:
+                break
+            places = self.places()
+            found = {name: place_of(name, places) for name in gone}
+            paths = {name: path or paths[name] for name, path in found.items() if path or name not in missed}
+            missed = {name for name, path in found.items() if not path}
+        else:
+            log.error("can't delete %d files of %s: they move all the time", len(paths), self.folder)
+            failed += len(paths)
         for folder in folders:
             self.store.sync_folder(folder)
         return failed
@@ -966,6 +995,30 @@ class Maildrop:
         if self.lock_fd is not None:
             os.close(self.lock_fd)
             self.lock_fd = None
+
+
+def place_of(name: str, places: dict[str, str]) -> str | None:
+    """Return where `Maildrop.places` has a message, perhaps with other flags, or None."""
+    return places.get(name) or places.get(name.partition(":")[0])
+
+
+def listing_of_what_moves(folder: str) -> list[str]:
+    """Return the names in cur/ while another program may be setting flags, which renames.
+
+    A listing can then miss a file, or have it under both its names.  So this takes what any of three has seen of each
+    message, the last one's names first; one that is there twice for good stays twice.
+    """
+    found = {}
+    for _ in range(3):
+        seen = {}
+        for name in listing(folder):
+            seen.setdefault(name.partition(":")[0], []).append(name)
+        found |= seen
+    names = []
+    for same in found.values():
+        there = [name for name in same if os.path.lexists(f"{folder}/{name}")] if len(same) > 1 else same
+        names += there or same[-1:]
+    return names
 
 
 def open_file(path: str) -> tuple[int, os.stat_result]:
@@ -982,6 +1035,7 @@ def measure_file(path: str, name: str, known: dict[str, int], measured: dict[str
     """Return a file's size on the wire, as `known` or by reading it, and note it in `measured`; None: it is no message.
 
     One that can't be read is there all the same: to a client that keeps in step by UIDL, what is gone was deleted.
+    What was written just now is not noted: it may yet change within the same instant.
     """
     try:
         state = os.stat(path)
@@ -1001,18 +1055,19 @@ def measure_file(path: str, name: str, known: dict[str, int], measured: dict[str
         except OSError as error:
             log.error("can't read %s: %s", path, error)
             return state.st_size
-    measured[stamp] = size
+    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > settling(state.st_mtime_ns):
+        measured[stamp] = size
     return size
 
 
 def settling(time_ns: int) -> int:
-    """Return how long after such a time (ns) of a folder another change might have left the same one."""
+    """Return for how long after such a time of change (ns) another one might have left the same."""
     return FINE if time_ns % 1_000_000_000 else COARSE
 
 
 def stamp_of(name: str, state: os.stat_result) -> str:
-    """Return what a measured size belongs to: a file as it was, by its size, its time and its name."""
-    return f"{state.st_size} {state.st_mtime_ns} {name}"
+    """Return what a measured size belongs to: a file as it was, by its size, its times and its name."""
+    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {name}"
 
 
 def wire_size(fd: int, octets: int) -> int:

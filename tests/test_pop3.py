@@ -1,9 +1,12 @@
 """POP3 by the clauses of RFC 1939 and its extensions (2449, 2595, 3206, 5034, 6856): a conversation for each rule."""
 
+import contextlib
 import errno
+import itertools
 import json
 import os
 import poplib
+import threading
 import time
 
 import pytest
@@ -333,7 +336,8 @@ RUBBISH = ["", "rubbish", "[1]", "null", '{"foreign": "8"}', '{"foreign": -8}', 
 
 
 @pytest.mark.parametrize("rubbish", RUBBISH, ids=lambda rubbish: ascii(rubbish[:12]))
-def test_remembered_sizes_that_are_rubbish_are_measured_again(pop3, store, rubbish):
+def test_remembered_sizes_that_are_rubbish_are_measured_again(pop3, store, rubbish, monkeypatch):
+    monkeypatch.setattr("store.FINE", 0)
     folder = store.mailbox("alice@example.test")
     store.make_folder(folder)
     with open(f"{folder}/new/foreign", "wb") as out:
@@ -355,6 +359,147 @@ def test_utf8_of_poplib(pop3, store, deliver):
     client.pass_("wonderland")
     assert "用户".encode() in client.retr(1)[1]
     client.quit()
+
+
+@contextlib.contextmanager
+def flagging(folder):
+    """Another program that sets and takes flags of all the files in cur/ for as long as this is open."""
+    done = threading.Event()
+
+    def rename():
+        while not done.is_set():
+            for name in os.listdir(f"{folder}/cur"):
+                base, _, flags = name.partition(":")
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(f"{folder}/cur/{name}", f"{folder}/cur/{base}:2,{'' if flags == '2,S' else 'S'}")
+
+    thread = threading.Thread(target=rename)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_messages_are_found_while_another_program_flags_them(pop3, store):
+    """Each once, under its own UIDL, at every login; RETR and DELE find them, and QUIT leaves none behind."""
+    folder, count = store.mailbox("alice@example.test"), 300
+    store.make_folder(folder)
+    wanted = [f"17000{n:05}.M1P1Q1.h,S=6,W=6" for n in range(count)]
+    for name in wanted:
+        with open(f"{folder}/cur/{name}:2,", "wb") as out:
+            out.write(b"abcd\r\n")
+    with flagging(folder):
+        for _ in range(20):
+            client = login(pop3)
+            assert [line.split()[1].decode() for line in client.uidl()[1]] == wanted
+            client.quit()
+        client = login(pop3)
+        for number in range(1, count + 1):
+            assert client.retr(number)[1] == [b"abcd"]
+            client.dele(number)
+        client.quit()
+    assert os.listdir(f"{folder}/cur") == []
+
+
+def test_what_is_renamed_for_ever_is_not_said_to_be_gone(pop3, store, monkeypatch):
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    with open(f"{folder}/cur/x:2,", "wb") as out:
+        out.write(b"abc\n")
+    real, flags = os.unlink, itertools.cycle([":2,S", ":2,"])
+
+    def unlink(path, *args, **kwargs):
+        if "/cur/" in str(path):
+            os.rename(f"{folder}/cur/{os.listdir(f'{folder}/cur')[0]}", f"{folder}/cur/x{next(flags)}")
+        return real(path, *args, **kwargs)
+
+    client = login(pop3)
+    client.dele(1)
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(poplib.error_proto, match=r"\[SYS/TEMP\] 1 message could not be deleted"):
+        client.quit()
+    client.close()
+    monkeypatch.undo()
+    assert len(store.paths("alice@example.test")) == 1
+
+
+def test_a_folder_that_cannot_be_synced_ends_the_session(pop3, store, three, monkeypatch):
+    """QUIT ends it whatever happens (RFC 1939 6): -ERR, the line is closed, and the mailbox is free."""
+
+    def sync_folder(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    client = login(pop3)
+    client.dele(1)
+    monkeypatch.setattr(store, "sync_folder", sync_folder)
+    with pytest.raises(poplib.error_proto, match=r"\[SYS/TEMP\]"):
+        client.quit()
+    monkeypatch.undo()
+    assert client.file.read() == b""
+    client.close()
+    assert login(pop3).stat()[0] == 2
+
+
+def test_the_mailbox_is_free_before_the_good_bye_has_been_read(pop3, store, three):
+    """Who is thrown out and does not close his end keeps nobody else waiting."""
+    with Line(pop3.host, pop3.port) as client:
+        client.send(b"USER alice\r\nPASS wonderland\r\n" + b"NONSENSE\r\n" * 20 + b"more\r\n")
+        while client.readline() != "-ERR too many errors, good bye":
+            pass
+        assert login(pop3).stat()[0] == 3
+
+
+def test_what_cannot_be_looked_at_is_looked_at_again(pop3, store, three, monkeypatch):
+    """A link whose file comes later: the listing without it is not kept."""
+    monkeypatch.setattr("store.FINE", 0)
+    folder = store.mailbox("alice@example.test")
+    os.symlink("../../later", f"{folder}/new/link")
+    for _ in range(2):
+        client = login(pop3)
+        assert client.stat()[0] == 3
+        client.quit()
+    with open(f"{store.folder}/later", "wb") as out:
+        out.write(b"x\n")
+    assert login(pop3).stat()[0] == 4
+
+
+@pytest.mark.parametrize("rule", ["time of change", "youth"])
+def test_the_same_size_and_time_are_not_the_same_file(pop3, store, monkeypatch, rule):
+    """Nobody can set its time of change; and what was written just now may be written again in the same instant."""
+    folder = store.mailbox("alice@example.test")
+    store.make_folder(folder)
+    monkeypatch.setattr("store.FINE", 0 if rule == "time of change" else 10**12)
+    if rule == "youth":
+        monkeypatch.setattr("store.stamp_of", lambda name, state: f"{state.st_size} {name}")
+    for content in (b"a\nb\nc\n", b"abcde\n"):
+        with open(f"{folder}/new/foreign", "wb") as out:
+            out.write(content)
+        os.utime(f"{folder}/new/foreign", ns=(1, 1))
+        client = login(pop3)
+        assert client.stat() == (1, len(content) + content.count(b"\n"))
+        client.quit()
+
+
+def test_sizes_that_cannot_be_kept_leave_nothing_behind(pop3, store, monkeypatch):
+    """Such as on a full disk, where each login would take a little more of it."""
+    monkeypatch.setattr("store.FINE", 0)
+    folder, real = store.mailbox("alice@example.test"), os.replace
+    store.make_folder(folder)
+    with open(f"{folder}/new/foreign", "wb") as out:
+        out.write(b"x\n")
+
+    def replace(old, new):
+        if str(new).endswith("pop3.sizes"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    client = login(pop3)
+    assert client.stat() == (1, 3)
+    client.quit()
+    assert os.listdir(f"{folder}/tmp") == []
 
 
 def test_quit_says_what_could_not_be_deleted(pop3, store, three, monkeypatch):

@@ -648,6 +648,9 @@ class Store:
         finally:
             self.change_accounts(address, None)
             self.clear(address)
+            with self.listings_lock:
+                if listing := self.listings.pop(self.mailbox(address), None):
+                    self.kept -= len(listing.names)
             import shutil
 
             shutil.rmtree(self.mailbox(address), ignore_errors=True)
@@ -1122,8 +1125,11 @@ def wire(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
 def show_accounts(store: Store, args) -> int:
     """Print each account with what is in its mailbox, and each list with its members."""
     for address in store.users.accounts.values():
-        paths = store.paths(address)
-        print(f"{address}\t{in_words(len(paths))}\t{sum(map(os.path.getsize, paths))} octets")
+        sizes = []
+        for path in store.paths(address):
+            with contextlib.suppress(FileNotFoundError):  # fetched meanwhile
+                sizes.append(os.path.getsize(path))
+        print(f"{address}\t{in_words(len(sizes))}\t{sum(sizes)} octets")
     for name, members in store.users.lists.values():
         print(f"{name}\t= {', '.join(members)}")
     return 0
@@ -1134,8 +1140,11 @@ def show_list(store: Store, args) -> int:
     import email.parser
 
     for number, path in enumerate(store.paths(args.address), 1):
-        with open(path, "rb") as file:
-            message = email.parser.BytesHeaderParser().parse(file)
+        try:
+            with open(path, "rb") as file:
+                message = email.parser.BytesHeaderParser().parse(file)
+        except FileNotFoundError:  # fetched meanwhile
+            continue
         print(number, *(for_people(message.get(field, "-")) for field in ("Date", "From", "Subject")), sep="\t")
     return 0
 
@@ -1196,6 +1205,13 @@ def ask_password() -> str:
     return secret
 
 
+def seconds(text: str) -> float:
+    """Read a time for argparse, which calls it by this function's name when it is none."""
+    if not (value := float(text)) >= 0:
+        raise ValueError(text)
+    return value
+
+
 WORDS = {"accounts": show_accounts, "list": show_list, "show": show_message, "wait": wait_for_mail, "queue": show_queue}
 
 
@@ -1208,7 +1224,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--users", metavar="FILE", help="accounts (users.txt, else the one beside this program)")
     add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
-    add("--timeout", type=float, default=60, metavar="SECONDS", help="how long `wait` waits (%(default)s)")
+    add("--timeout", type=seconds, default=60, metavar="SECONDS", help="how long `wait` waits (%(default)s)")
     meanings = "accounts: accounts and lists; list: date, sender, subject of a mailbox's mail; show: one message; wait:"
     meanings += " until there is mail; queue: mail for other hosts; hash: a password's hash for users.txt"
     add("word", choices=[*WORDS, "hash"], help=meanings)

@@ -318,12 +318,30 @@ def test_store_words(tmp_path, users, call, deliver):
     assert call("store.py", "list", "alice@example.test", "--spool", "spool") == (0, listed, "")
     assert call("store.py", "wait", "alice") == (0, listed, "")
     assert call("store.py", "queue") == (0, "", "")
-    for mistake in ("list nobody", "show alice 2", "show alice", "accounts x", "nonsense", "list"):
+    for mistake in (
+        "list nobody",
+        "show alice 2",
+        "show alice",
+        "accounts x",
+        "nonsense",
+        "list",
+        "wait x --timeout nan",
+    ):
         status, _, stderr = call("store.py", *mistake.split())
         assert (status, stderr.count("\n")) == (2, 1), stderr
     Store(tmp_path / "spool", users).clear()
     status, _, stderr = call("store.py", "wait", "alice", "--timeout", "0.1")
     assert (status, "nothing" in stderr) == (1, True)
+
+
+def test_store_words_while_mail_is_fetched(tmp_path, users, call, deliver, monkeypatch):
+    """What goes between the look at the folder and the look at the file is gone, and no mistake."""
+    deliver(b"From: me@client.test\r\nSubject: hello\r\n\r\ntext\r\n")
+    real = Store.paths
+    monkeypatch.setattr(Store, "paths", lambda store, address: [f"{store.folder}/gone", *real(store, address)])
+    for words in (["list", "alice"], ["wait", "alice"]):
+        assert call("store.py", *words) == (0, "2\t-\tme@client.test\thello\n", "")
+    assert call("store.py", "accounts")[1].startswith("alice@example.test\t1 message\t46 octets\n")
 
 
 def test_store_as_a_program(tmp_path, users, deliver):

@@ -143,7 +143,8 @@ def test_expect_none_and_clear(store, smtp):
     assert store.messages("bob@example.test") == []
 
 
-def test_an_account_for_one_test(store, smtp, pop3):
+def test_an_account_for_one_test(store, smtp, pop3, monkeypatch):
+    monkeypatch.setattr("store.FINE", 0)
     with store.account() as (address, password), store.account() as (other, _):
         assert address != other
         send(smtp, to=address)
@@ -156,6 +157,7 @@ def test_an_account_for_one_test(store, smtp, pop3):
     with pytest.raises(AssertionError):
         assert send(smtp, to=address)
     assert address not in store.users.accounts.values()
+    assert (store.listings, store.kept) == ({}, 0)
 
 
 def test_on_message(store):

@@ -1001,6 +1001,8 @@ class Relay:
         client = Client(*host, local_hostname=self.hostname, timeout=self.timeout)
         self.clients.add(client)
         try:
+            # A message's end, a small packet of its own, must not wait for the other side's delayed acknowledgement.
+            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.greet(client)
             if tls and client.has_extn("starttls") and not self.encrypt(client, host):
                 self.drop(client)

@@ -45,7 +45,7 @@ from lineserver import (
     show_address,
     stuff,
 )
-from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, ONLY_CRLF, Copy, Incoming, Store, in_words, line_ends, users_file, wire
+from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, Copy, Incoming, Store, in_words, line_ends, users_file, wire
 
 __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
 
@@ -188,7 +188,7 @@ class Newlines:
         block = self.held + block
         self.held = b"\r" if block.endswith(b"\r") else b""
         block = block.removesuffix(b"\r")
-        if line_ends(block) in ONLY_CRLF:
+        if line_ends(block) in (None, "\r\n"):
             return block
         self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
         return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")

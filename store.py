@@ -778,7 +778,6 @@ def take_lock(path: str) -> int | None:
 
 
 WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,[^:\n]*)?(?::[^\n]*)?$", re.MULTILINE)
-ONLY_CRLF = (None, "\r\n")  # of line_ends(): as mail goes over the wire
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
@@ -920,12 +919,10 @@ class Maildrop:
         or somebody has written into it.
         """
         name = self.names[index]
-        for path in self.whereabouts(name):
-            with contextlib.suppress(FileNotFoundError):
-                fd, state = open_file(path)
-                break
-        else:
-            raise FileNotFoundError(errno.ENOENT, "gone", name)
+        try:
+            fd, state = open_file(self.listing.path(name))
+        except FileNotFoundError:
+            fd, state = self.open_moved(name)
         if f",S={state.st_size}," in name:
             return fd, self.sizes[index]
         size = self.listing.measured.get(stamp_of(name, state))
@@ -944,23 +941,26 @@ class Maildrop:
         A listing can miss a file that another program is renaming; who finds one in two of them not is sure.
         """
         found, known = {}, set(self.names)
-        for sub in ("new", "cur"):
-            for name in listing(f"{self.folder}/{sub}"):
-                found[name] = path = f"{self.folder}/{sub}/{name}"
-                if name not in known:
-                    found.setdefault(name.partition(":")[0], path)
+        for folder in (f"{self.folder}/new", f"{self.folder}/cur"):
+            with contextlib.suppress(FileNotFoundError):
+                for name in listing(folder):
+                    found[name] = path = f"{folder}/{name}"
+                    if name not in known:
+                        found.setdefault(name.partition(":")[0], path)
         return found
 
-    def whereabouts(self, name: str) -> Iterator[str]:
-        """Yield where a message's file was, and as long as more is asked for, where it has been moved since."""
-        yield self.listing.path(name)
+    def open_moved(self, name: str) -> tuple[int, os.stat_result]:
+        """Open a file that is not where it was, and may be moved again right now; FileNotFoundError: it is gone."""
         missed = False
         for _ in range(CHASES):
-            if path := place_of(name, self.places()):
-                yield path
+            path = place_of(name, self.places())
+            if path:
+                with contextlib.suppress(FileNotFoundError):
+                    return open_file(path)
             elif missed:
-                return
+                break
             missed = not path
+        raise FileNotFoundError(errno.ENOENT, "gone", name)
 
     def remove(self, indexes: Iterable[int]) -> int:
         """Delete messages for good; return how many are still there (those that are gone already are not).
@@ -980,12 +980,12 @@ class Maildrop:
                 except OSError as error:
                     log.error("can't delete %s: %s", name, error)
                     failed += 1
-            if not gone:
-                break
-            places = self.places()
+            places = self.places() if gone else {}
             found = {name: place_of(name, places) for name in gone}
             paths = {name: path or paths[name] for name, path in found.items() if path or name not in missed}
             missed = {name for name, path in found.items() if not path}
+            if not paths:
+                break
         else:
             log.error("can't delete %d files of %s: they move all the time", len(paths), self.folder)
             failed += len(paths)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import poplib
+import shutil
 import threading
 import time
 
@@ -423,6 +424,15 @@ def test_what_is_renamed_for_ever_is_not_said_to_be_gone(pop3, store, monkeypatc
     client.close()
     monkeypatch.undo()
     assert len(store.paths("alice@example.test")) == 1
+
+
+def test_a_folder_that_is_taken_away_takes_its_messages_along(pop3, store, three):
+    client = login(pop3)
+    client.dele(1)
+    shutil.rmtree(f"{store.mailbox('alice@example.test')}/new")
+    with pytest.raises(poplib.error_proto, match="gone"):
+        client.retr(2)
+    assert client.quit().startswith(b"+OK")
 
 
 def test_a_folder_that_cannot_be_synced_ends_the_session(pop3, store, three, monkeypatch):

@@ -22,7 +22,7 @@ USERS = {
     "bob@example.test": "builder",
     "staff@example.test": ["alice@example.test", "bob@example.test"],
 }
-FAST = {"first_pause": 0.05, "longest_pause": 0.1, "timeout": 5}
+FAST = {"first_pause": 0.02, "longest_pause": 0.05, "timeout": 5}
 
 
 @pytest.fixture(autouse=True)

@@ -216,7 +216,7 @@ def test_kill_under_load(tmp_path, users):
             ]
             for thread in threads:
                 thread.start()
-            goal = len(acknowledged) + chance.randrange(20, 120)
+            goal = len(acknowledged) + chance.randrange(10, 60)
             while len(acknowledged) < goal:
                 threads[0].join(0.005)
             program.stop(signal.SIGKILL)

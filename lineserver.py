@@ -614,14 +614,14 @@ class LineServer(socketserver.ThreadingTCPServer):
         trace: "bool | Trace" = False,
         intercept=None,
     ):
-        self.store, self.hostname = store, hostname or store.host
+        self.store, self.hostname = store, store.host if hostname is None else hostname
         if not is_host_name(self.hostname):
             raise ValueError(f"{self.hostname!a} is not a host name")
         self.logger = logging.getLogger(handler.protocol.lower())
         self.log = self.logger.info  # takes each fact about a session
         if tls_self_signed:
             tls_cert, tls_key = self_signed(store.folder, self.hostname)
-        self.tls = tls_context(tls_cert, tls_key) if tls_cert else None
+        self.tls = None if tls_cert is None else tls_context(tls_cert, tls_key)
         if (implicit_tls or require_tls) and not self.tls:
             raise ValueError("TLS needs a certificate")
         self.implicit_tls, self.require_tls = implicit_tls, require_tls
@@ -957,12 +957,13 @@ def time_limit(text: str) -> int:
 
 def check_options(parser, args) -> None:
     """End with a usage error when options contradict each other."""
-    if bool(args.tls_cert) != bool(args.tls_key):
+    has_cert = args.tls_cert is not None
+    if has_cert != (args.tls_key is not None):
         parser.error("--tls-cert and --tls-key go together")
-    if args.tls_cert and args.tls_self_signed:
+    if has_cert and args.tls_self_signed:
         parser.error("--tls-cert and --tls-self-signed exclude each other")
     wants_tls = args.require_tls or any(getattr(args, f"{p}_port", None) is not None for p in ("smtps", "pop3s"))
-    if wants_tls and not (args.tls_cert or args.tls_self_signed):
+    if wants_tls and not (has_cert or args.tls_self_signed):
         parser.error("TLS needs --tls-cert and --tls-key, or --tls-self-signed")
     if args.processes > 1 and not hasattr(os, "fork"):
         parser.error("--processes needs a system with fork()")
@@ -1016,7 +1017,8 @@ def exit_status(program: str, serve) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        name = "an empty name" if error.filename == "" else error.filename
+        what = f"{name}: {error.strerror}" if name else error.strerror or error
         print(f"{program}: {what}", file=sys.stderr)
         return 1
 

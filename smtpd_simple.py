@@ -666,8 +666,9 @@ class SMTPHandler(LineHandler):
         if not self.may_ask():
             return "252 2.5.0 Send a message and see"
         users, relay, domain = self.server.store.users, self.server.relay, name.rpartition("@")[2]
-        found = users.find(name) or relay.mailboxes(name)[:1]
-        if "@" in name and not users.is_local(domain) and relay.route(domain) and not relay.mailboxes(name):
+        elsewhere = "@" in name and not users.is_local(domain)
+        found = relay.mailboxes(name)[:1] if elsewhere else users.find(name)
+        if elsewhere and not found and relay.route(domain):
             return "252 2.5.0 Not a mailbox here; send a message and see"
         if not found:
             raise Refused("550 5.1.1 Nobody of that name here")
@@ -845,9 +846,9 @@ class Relay:
 
     def mailboxes(self, address: str) -> list[str]:
         """Return the mailboxes here that mail for an address reaches; a route of its own beats a catch-all."""
-        if address.lower() == f"postmaster@{self.hostname.lower()}":  # whom our reports are from
-            address = "postmaster"
         users, domain = self.store.users, address.rpartition("@")[2]
+        if address.lower() == f"postmaster@{self.hostname.lower()}" and not users.is_local(domain):
+            address = domain = "postmaster"  # whom our reports are from
         elsewhere = domain.lower() in self.routes and not users.is_local(domain)
         return [] if elsewhere else users.mailboxes(address)
 
@@ -884,7 +885,9 @@ class Relay:
     def stop(self, seconds: float = 2) -> None:
         """Stop; a transaction under way gets `seconds` to end, otherwise it is tried again another time."""
         self.begin_stop()
-        lineserver.join(filter(None, [self.thread, *self.active.values()]), time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        lineserver.join(filter(None, [self.thread]), deadline)  # first, for it may just be starting others
+        lineserver.join(list(self.active.values()), deadline)
         for client in list(self.clients):  # close() would wait for the thread that reads
             with contextlib.suppress(OSError, AttributeError):
                 client.sock.shutdown(socket.SHUT_RDWR)
@@ -1057,7 +1060,7 @@ class Relay:
         parameters, dsn = entry["parameters"], client.has_extn("dsn")
         client.command_encoding = "utf-8"
         if "SMTPUTF8" in parameters and not client.has_extn("smtputf8"):
-            outcomes.update(self.needing_utf8(entry, recipients))
+            outcomes.update(self.needing_utf8(entry, recipients, dsn))
             recipients = [waiting for waiting in recipients if waiting["address"] not in outcomes]
             if not recipients:
                 return
@@ -1077,15 +1080,15 @@ class Relay:
         if taken:
             outcomes.update(dict.fromkeys(taken, Outcome.of(*self.send_content(client, entry["id"]), dsn)))
 
-    def needing_utf8(self, entry: dict, recipients: list[dict]) -> dict[str, Outcome]:
+    def needing_utf8(self, entry: dict, recipients: list[dict], dsn: bool) -> dict[str, Outcome]:
         """Return the failures of those whom a message can't reach over a host without SMTPUTF8 (RFC 6531 3.2)."""
-        failures = {}
         with self.store.queued_message(entry["id"]) as file:
-            header = file.read(BLOCK).partition(b"\r\n\r\n")[0]
+            plain = file.read(BLOCK).partition(b"\r\n\r\n")[0].isascii()
+        failures = {}
         for waiting in recipients:
-            if not (entry["sender"] + waiting["address"] + rcpt_options(waiting)).isascii():
+            if not (entry["sender"] + waiting["address"] + (rcpt_options(waiting) if dsn else "")).isascii():
                 why = "5.6.7", "the next host does not take addresses that are not ASCII"
-            elif not header.isascii():
+            elif not plain:
                 why = "5.6.9", "the next host does not take header fields that are not ASCII"
             else:
                 continue
@@ -1424,7 +1427,7 @@ def main(argv: list[str] | None = None) -> int:
 def serve(args) -> int:
     """Open the listeners that the options name, and serve; raise ValueError or OSError."""
     options, listen, host = lineserver.shared_options(args), lineserver.listen, args.host
-    options["intercept"] = load_intercept(args.intercept) if args.intercept else None
+    options["intercept"] = None if args.intercept is None else load_intercept(args.intercept)
     store = Store(args.spool, users_file(args.users), sync=not args.no_sync)
     smtp = {"require_auth": args.require_auth, "size_limit": args.size_limit, **options}
     servers = [listen(SMTPServer, (host, args.port), store, relay=args.relay, route=args.route, **smtp)]

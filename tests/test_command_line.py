@@ -90,6 +90,8 @@ ngN2Molr7gSF/5/P8XFTK18H
         (["--max-conn", "5"], 2, "unrecognized"),
         (["--users", ""], 2, "no name"),
         (["--spool", ""], 2, "no name"),
+        (["--hostname", ""], 2, "not a host name"),
+        (["--tls-cert", "", "--tls-key", ""], 1, "an empty name: No such file"),
         (["--tls-cert", "x"], 2, "go together"),
         (["--require-tls"], 2, "needs --tls-cert"),
         (["--tls-cert", "missing", "--tls-key", "missing"], 1, "missing: No such file"),
@@ -133,8 +135,9 @@ def test_mistakes_of_smtp(tmp_path, users, call, argv):
 
 
 def test_a_hook_that_is_not_there(users, call):
-    missing = "smtpd_simple.py: missing.py: No such file or directory\n"
-    assert call("smtpd_simple.py", "--port", 0, "--intercept", "missing.py") == (1, "", missing)
+    for path, name in (("missing.py", "missing.py"), ("", "an empty name")):
+        said = f"smtpd_simple.py: {name}: No such file or directory\n"
+        assert call("smtpd_simple.py", "--port", 0, "--intercept", path) == (1, "", said)
 
 
 def test_version_and_help():

@@ -271,12 +271,22 @@ def test_a_mailbox_that_has_not_changed_is_not_listed_again(pop3, store, three, 
     assert [poll(), poll()] == [(0, 2), (0, 0)]
 
 
+def tick(store):
+    """Wait until what changes now gets another time than what has changed before: many kernels count in 4 or 10 ms."""
+    probe, times = f"{store.folder}/probe", set()
+    open(probe, "w").close()
+    while len(times) < 2:
+        os.utime(probe)
+        times.add(os.stat(probe).st_mtime_ns)
+
+
 def test_listings_that_are_kept_are_counted(pop3, store, deliver, monkeypatch):
     """Beyond the limit all are forgotten but the last: memory stays bounded, whatever is polled."""
     monkeypatch.setattr("store.FINE", 0)
     monkeypatch.setattr("store.MAX_KEPT", 4)
     passwords = {"alice": "wonderland", "bob": "builder"}
     for user, names, kept in (("alice", 1, 1), ("bob", 1, 2), ("alice", 2, 3), ("bob", 2, 4), ("alice", 3, 3)):
+        tick(store)
         deliver(address=f"{user}@example.test")
         client = login(pop3, user, passwords[user])
         assert client.stat()[0] == names
@@ -292,6 +302,7 @@ def test_a_file_that_is_written_into_is_measured_again(pop3, store, monkeypatch)
     monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
     for content, looks in ((b"a\n", 2), (b"a\n", 0), (b"a\nb\n", 2), (b"a\nb\n", 0), (b"abc\n", 2), (b"abc\n", 0)):
         if looks:
+            tick(store)
             with open(f"{folder}/new/foreign", "wb") as out:
                 out.write(content)
         listed.clear()
@@ -381,6 +392,61 @@ def flagging(folder):
     finally:
         done.set()
         thread.join()
+
+
+def torn(monkeypatch, *looks):
+    """Let listings of cur/ be torn, each by one of these functions of the sorted names; the rest are whole."""
+    real, left = os.listdir, iter(looks)
+
+    def listdir(path):
+        names = sorted(real(path))
+        return next(left, list)(names) if str(path).endswith("/cur") else names
+
+    monkeypatch.setattr(os, "listdir", listdir)
+
+
+@pytest.fixture
+def flagged(store):
+    """Two messages in cur/; returns the folder."""
+    folder = f"{store.mailbox('alice@example.test')}/cur"
+    store.make_folder(store.mailbox("alice@example.test"))
+    for name in ("a,S=3,W=3:2,", "b,S=3,W=3:2,"):
+        with open(f"{folder}/{name}", "wb") as out:
+            out.write(b"x\r\n")
+    return folder
+
+
+def test_a_listing_that_misses_one_and_doubles_another(pop3, flagged, monkeypatch):
+    """As readdir() may while files are renamed: what one of three has seen is there, and once."""
+    torn(monkeypatch, lambda n: n[1:], lambda n: n[:1], lambda n: [*n, n[0] + "S"], lambda n: n[1:])
+    client = login(pop3)
+    assert client.uidl()[1] == [b"1 a,S=3,W=3", b"2 b,S=3,W=3"]
+    client.quit()
+
+
+def test_a_settled_folder_that_changes_while_it_is_listed(pop3, flagged, monkeypatch):
+    monkeypatch.setattr("store.FINE", 0)
+
+    def change(names):
+        os.rename(f"{flagged}/{names[0]}", f"{flagged}/{names[0]}S")
+        return names[1:]
+
+    torn(monkeypatch, change)
+    client = login(pop3)
+    assert client.uidl()[1] == [b"1 a,S=3,W=3", b"2 b,S=3,W=3"]
+    client.quit()
+
+
+def test_a_moved_file_that_one_listing_misses(pop3, flagged, monkeypatch):
+    """RETR and QUIT look twice before they say that a message is gone."""
+    client = login(pop3)
+    for name in os.listdir(flagged):
+        os.rename(f"{flagged}/{name}", f"{flagged}/{name}S")
+    torn(monkeypatch, lambda n: [], list, lambda n: [])
+    assert client.retr(1)[1] == [b"x"]
+    client.dele(1)
+    client.quit()
+    assert os.listdir(flagged) == ["b,S=3,W=3:2,S"]
 
 
 def test_messages_are_found_while_another_program_flags_them(pop3, store):
@@ -484,6 +550,7 @@ def test_the_same_size_and_time_are_not_the_same_file(pop3, store, monkeypatch, 
     if rule == "youth":
         monkeypatch.setattr("store.stamp_of", lambda name, state: f"{state.st_size} {name}")
     for content in (b"a\nb\nc\n", b"abcde\n"):
+        tick(store)
         with open(f"{folder}/new/foreign", "wb") as out:
             out.write(content)
         os.utime(f"{folder}/new/foreign", ns=(1, 1))

@@ -150,12 +150,27 @@ def test_a_report_that_cannot_be_delivered_goes_nowhere(stores, caplog):
     ]
 
 
+@pytest.mark.parametrize("hostname", ["mx.test", "a.example"])
+def test_whom_our_postmaster_is(tmp_path, hostname):
+    """The account of that very name, else the first postmaster, and no catch-all; VRFY says what RCPT does."""
+    users = {"postmaster@b.example": "x", "postmaster@a.example": "x", "alice@a.example": "x", "*": "alice@a.example"}
+    wanted = "postmaster@b.example" if hostname == "mx.test" else "postmaster@a.example"
+    store = Store(tmp_path, users, sync=False)
+    with SMTPServer(("127.0.0.1", 0), store, hostname=hostname) as smtp:
+        with smtplib.SMTP(smtp.host, smtp.port) as client:
+            assert client.verify(f"postmaster@{hostname}") == (250, f"2.1.5 <{wanted}>".encode())
+            client.sendmail("", [f"postmaster@{hostname}"], CONTENT)
+        assert smtp.relay.mailboxes(f"postmaster@{hostname}") == [wanted]
+    assert len(store.messages(wanted)) == 1
+
+
 def test_a_report_for_our_own_postmaster_stays_here(stores):
     """Whom our reports are from: at RCPT, at VRFY and as the sender of what fails."""
     with SMTPServer(("127.0.0.1", 0), stores[1], hostname="b.example") as b:
         options = {"hostname": "mx.test", "relay": f"127.0.0.1:{b.port}"}
         with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a, smtplib.SMTP(a.host, a.port) as client:
             assert client.verify("Postmaster@MX.test") == (250, b"2.1.5 <alice@a.example>")
+            assert client.verify("bob@mx.test")[0] == 252
             client.login("alice", "wonderland")
             client.sendmail("postmaster@mx.test", ["nobody@b.example"], CONTENT)
             [report] = stores[0].wait("alice@a.example")

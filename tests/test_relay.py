@@ -797,6 +797,25 @@ def test_a_relay_that_is_stopped_sends_no_more(stores):
     assert "MAIL" not in [verb for verb, _ in hook.seen]
 
 
+def test_a_stop_waits_for_what_is_just_starting(stores, monkeypatch):
+    """The worker is in the middle of its round when the stop comes; nothing goes on behind it."""
+    send_what_is_due, serve_host = Relay.send_what_is_due, Relay.serve_host
+
+    def late(relay):
+        relay.stopping.wait()
+        return send_what_is_due(relay)
+
+    def slow(*args):
+        threading.Event().wait(0.2)
+        serve_host(*args)
+
+    monkeypatch.setattr(Relay, "send_what_is_due", late)
+    monkeypatch.setattr(Relay, "serve_host", slow)
+    with pair(stores) as (a, _):
+        send(a, ["bob@b.example"])
+    assert [thread for thread in threading.enumerate() if thread.name == "relay"] == []
+
+
 def test_a_shared_relay_outlives_one_of_its_servers(stores):
     with SMTPServer(("127.0.0.1", 0), stores[1]) as b:
         relay = Relay(stores[0], "a.example", f"127.0.0.1:{b.port}", **FAST)

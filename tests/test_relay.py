@@ -811,8 +811,10 @@ def test_a_stop_waits_for_what_is_just_starting(stores, monkeypatch):
 
     monkeypatch.setattr(Relay, "send_what_is_due", late)
     monkeypatch.setattr(Relay, "serve_host", slow)
-    with pair(stores) as (a, _):
+    relay = Relay(stores[0], "a.example", "127.0.0.1:1")
+    with SMTPServer(("127.0.0.1", 0), stores[0], relay=relay) as a:
         send(a, ["bob@b.example"])
+    relay.stop()
     assert [thread for thread in threading.enumerate() if thread.name == "relay"] == []
 
 

@@ -809,11 +809,15 @@ def test_a_stop_waits_for_what_is_just_starting(stores, monkeypatch):
         threading.Event().wait(0.2)
         serve_host(*args)
 
+    with SMTPServer(("127.0.0.1", 0), stores[0], relay="127.0.0.1:1", relay_options={"first_pause": 0.001}) as a:
+        send(a, ["bob@b.example"])
+        until_tried(stores[0])
     monkeypatch.setattr(Relay, "send_what_is_due", late)
     monkeypatch.setattr(Relay, "serve_host", slow)
     relay = Relay(stores[0], "a.example", "127.0.0.1:1")
-    with SMTPServer(("127.0.0.1", 0), stores[0], relay=relay) as a:
-        send(a, ["bob@b.example"])
+    relay.start()
+    while not relay.entries:
+        stores[0].queue_changed.wait(0.01)
     relay.stop()
     assert [thread for thread in threading.enumerate() if thread.name == "relay"] == []
 

@@ -797,6 +797,14 @@ def test_a_relay_that_is_stopped_sends_no_more(stores):
     assert "MAIL" not in [verb for verb, _ in hook.seen]
 
 
+def test_the_end_of_a_message_is_not_held_back(stores):
+    """A small packet behind a large one waits 40 ms for an acknowledgement, unless the socket says otherwise."""
+    with pair(stores) as (a, b):
+        client = a.relay.connect(("127.0.0.1", b.port))
+        assert client.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        a.relay.leave(client)
+
+
 def test_a_stop_waits_for_what_is_just_starting(stores, monkeypatch):
     """The worker is in the middle of its round when the stop comes; nothing goes on behind it."""
     send_what_is_due, serve_host = Relay.send_what_is_due, Relay.serve_host

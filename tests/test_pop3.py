@@ -424,10 +424,11 @@ def test_a_listing_that_misses_one_and_doubles_another(pop3, flagged, monkeypatc
     client.quit()
 
 
-def test_a_settled_folder_that_changes_while_it_is_listed(pop3, flagged, monkeypatch):
+def test_a_settled_folder_that_changes_while_it_is_listed(pop3, store, flagged, monkeypatch):
     monkeypatch.setattr("store.FINE", 0)
 
     def change(names):
+        tick(store)
         os.rename(f"{flagged}/{names[0]}", f"{flagged}/{names[0]}S")
         return names[1:]
 

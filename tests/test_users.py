@@ -197,7 +197,7 @@ def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
     store = Store(tmp_path / "spool", path)
     path.write_text("alice@a.test:two\n# longer\n")
     assert store.users.check_password("alice", b"two")
-    path.write_text("alice@a.test:three\nbroken\n")
+    path.write_text("alice@a.test:three\nbroken, and longer\n")
     assert store.users.check_password("alice", b"two")
     assert f"{path}:2: " in caplog.text
     caplog.clear()

@@ -531,14 +531,16 @@ class Store:
         """Return the folder of an account."""
         return f"{self.folder}/{key(address)}"
 
-    def keep_listing(self, found: "Listing") -> None:
-        """Remember what was found in a mailbox's folder: polling then lists nothing."""
+    def keep_listing(self, folder: str, found: "Listing | None") -> None:
+        """Remember what was found in a mailbox's folder, so that polling lists nothing; None: forget it."""
         with self.listings_lock:
-            before = self.listings.get(found.folder)
-            self.kept += len(found.names) - (len(before.names) if before else 0)
-            if self.kept > MAX_KEPT:
-                self.listings, self.kept = {}, len(found.names)
-            self.listings[found.folder] = found
+            if before := self.listings.pop(folder, None):
+                self.kept -= len(before.names)
+            if found:
+                self.kept += len(found.names)
+                if self.kept > MAX_KEPT:
+                    self.listings, self.kept = {}, len(found.names)
+                self.listings[folder] = found
 
     def publish(self, tmp: str, path: str) -> str:
         """Move a file from tmp/ to where it is a message; return its path."""
@@ -648,9 +650,7 @@ class Store:
         finally:
             self.change_accounts(address, None)
             self.clear(address)
-            with self.listings_lock:
-                if listing := self.listings.pop(self.mailbox(address), None):
-                    self.kept -= len(listing.names)
+            self.keep_listing(self.mailbox(address), None)
             import shutil
 
             shutil.rmtree(self.mailbox(address), ignore_errors=True)
@@ -851,7 +851,7 @@ class Maildrop:
         if not len(sizes) == len(names) == text.count("\n") + bool(names):  # a line break in a name counts as one more
             found = self.measure(found)
         if settled and len(found.names) == len(names):  # what could not be looked at may be a message another time
-            self.store.keep_listing(found)
+            self.store.keep_listing(self.folder, found)
         return found
 
     def times(self) -> list[tuple[int, int, int]]:
@@ -859,14 +859,14 @@ class Maildrop:
         states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
         return [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
 
-    def measure(self, listing: Listing) -> Listing:
+    def measure(self, found: Listing) -> Listing:
         """Return the listing of those names that are messages, with the help of what was measured before."""
         known, names, sizes, unsized, measured = self.read_sizes(), [], [], [], {}
-        for name in listing.names:
+        for name in found.names:
             if match := WIRE_SIZE.search(name):
                 size = int(match[1])
             else:
-                size = measure_file(listing.path(name), name, known, measured)
+                size = measure_file(found.path(name), name, known, measured)
                 if size is None:
                     continue
                 unsized.append(name)
@@ -874,7 +874,7 @@ class Maildrop:
             sizes.append(size)
         if measured != known:
             self.write_sizes(measured)
-        return listing._replace(names=names, sizes=sizes, unsized=unsized, measured=measured)
+        return found._replace(names=names, sizes=sizes, unsized=unsized, measured=measured)
 
     def read_sizes(self) -> dict[str, int]:
         """Return what was measured before: sizes on the wire by `stamp_of` the files."""

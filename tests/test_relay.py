@@ -263,13 +263,17 @@ def test_recipients_that_wait_together_are_tried_together(stores):
     assert [verb for verb, _ in hook.seen if verb in ("MAIL", "DATA")] == ["MAIL", "MAIL", "MAIL", "DATA"]
 
 
-def test_it_gives_up_at_the_end(stores):
-    hook = Intercept(RCPT=["450 4.2.1 mailbox busy"] * 1000)
-    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
+def report_at_the_end(stores, **replies):
+    """Send to a host that never takes the message; return the report that comes in the end, and its fields on bob."""
+    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": Intercept(**replies)}) as (a, _):
         send(a, ["bob@b.example"])
-        [report] = stores[0].wait("alice@a.example")
+        [report] = stores[0].wait("alice@a.example", timeout=10)
         assert empty(stores[0])
-    status = report.get_payload(1).get_payload()[1]
+    return report, report.get_payload(1).get_payload()[1]
+
+
+def test_it_gives_up_at_the_end(stores):
+    _, status = report_at_the_end(stores, RCPT=["450 4.2.1 mailbox busy"] * 1000)
     assert status["Action"] == "failed"
     assert "mailbox busy" in status["Diagnostic-Code"]
     assert stores[1].messages("bob@b.example") == []
@@ -363,12 +367,7 @@ def test_smtputf8_goes_only_where_it_is_offered(tmp_path, offered, mail):
 
 def test_what_a_host_says_out_of_step_is_no_diagnostic(stores):
     """250 to DATA: nothing has been sent that could have been taken, and no reply is made up for the report."""
-    hook = Intercept(DATA=["250 2.0.0 what"] * 1000)
-    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
-        send(a, ["bob@b.example"])
-        [report] = stores[0].wait("alice@a.example", timeout=10)
-        assert empty(stores[0])
-    about = report.get_payload(1).get_payload()[1]
+    report, about = report_at_the_end(stores, DATA=["250 2.0.0 what"] * 1000)
     assert (about["Status"], about["Diagnostic-Code"]) == ("5.4.7", None)
     assert "answered DATA with 250 2.0.0 what" in report.get_payload(0).get_content()
     assert stores[1].messages("bob@b.example") == []
@@ -464,12 +463,7 @@ def test_a_refusal_before_the_message_has_ended_is_heard(stores):
 
 def test_a_host_that_wants_no_mail_says_so_in_the_report(stores):
     """554 instead of a greeting: tried until the end, and then the report has what it said."""
-    hook = Intercept(CONNECT=["554 5.7.1 no mail here"] * 1000)
-    with pair(stores, {**FAST, "lifetime": 0.3}, {"intercept": hook}) as (a, _):
-        send(a, ["bob@b.example"])
-        [report] = stores[0].wait("alice@a.example", timeout=10)
-        assert empty(stores[0])
-    about = report.get_payload(1).get_payload()[1]
+    _, about = report_at_the_end(stores, CONNECT=["554 5.7.1 no mail here"] * 1000)
     assert (about["Status"], about["Diagnostic-Code"]) == ("5.4.7", "smtp; 554 5.7.1 no mail here")
 
 

@@ -625,11 +625,10 @@ class LineServer(socketserver.ThreadingTCPServer):
         if (implicit_tls or require_tls) and not self.tls:
             raise ValueError("TLS needs a certificate")
         self.implicit_tls, self.require_tls = implicit_tls, require_tls
-        self.max_connections = max_connections
+        self.max_connections, self.intercept = max_connections, intercept
         self.max_per_address = max_per_address or max_connections - max_connections // 10
         self.timeout = timeout or self.default_timeout
         self.trace = Trace() if trace is True else trace or None
-        self.intercept = intercept
         self.sessions, self.by_address = set(), {}
         self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
         self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
@@ -898,8 +897,11 @@ class Trace:
 # ---------------------------------------------------------------- the command line that both programs share
 
 
-def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
-    """Add the options that both programs have to an argparse parser."""
+def option_parser(program: str, about: str, port: int, tls_ports: list[tuple[str, int]]):
+    """Return an argparse parser with the options that both programs have."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
     add("--host", type=listening_host, default="127.0.0.1", metavar="H", help="where to listen (%(default)s)")
@@ -918,6 +920,7 @@ def add_options(parser, port: int, tls_ports: list[tuple[str, int]]) -> None:
     add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
 
 
 def option_error(what: str) -> Exception:

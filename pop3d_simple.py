@@ -332,11 +332,8 @@ class POP3Server(LineServer):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
-    import argparse
-
     about = "A small POP3 server on a Maildir spool."
-    parser = argparse.ArgumentParser(prog="pop3d_simple.py", description=about, allow_abbrev=False)
-    lineserver.add_options(parser, 1110, [("--pop3s-port", 1995)])
+    parser = lineserver.option_parser("pop3d_simple.py", about, 1110, [("--pop3s-port", 1995)])
     args = parser.parse_args(argv)
     lineserver.check_options(parser, args)
     return lineserver.exit_status("pop3d_simple.py", lambda: serve(args))

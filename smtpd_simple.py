@@ -1399,11 +1399,8 @@ def as_routes(given) -> dict[str, str]:
 
 def parse_arguments(argv: list[str] | None):
     """Read the command line; end the program when it is wrong."""
-    import argparse
-
-    about = "A small mail server: SMTP in, POP3 out."
-    parser = argparse.ArgumentParser(prog="smtpd_simple.py", description=about, allow_abbrev=False)
-    lineserver.add_options(parser, 1025, [("--smtps-port", 1465), ("--pop3s-port", 1995)])
+    about, tls_ports = "A small mail server: SMTP in, POP3 out.", [("--smtps-port", 1465), ("--pop3s-port", 1995)]
+    parser = lineserver.option_parser("smtpd_simple.py", about, 1025, tls_ports)
     add = parser.add_argument
     port = lineserver.port_number
     add("--pop3", type=port, nargs="?", const=1110, metavar="PORT", help="serve POP3 as well (port %(const)s)")

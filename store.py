@@ -2,7 +2,6 @@
 
     spool/<address>/tmp,new,cur   one flat file per message, CRLF line ends, as sent behind our trace fields
     spool/<address>/pop3.lock     held by the one POP3 session that has the mailbox open
-    spool/<address>/pop3.sizes    the sizes of messages that other programs put there, so that they are read only once
     spool/queue/                  mail on its way to other hosts: ID (the message) and ID.json (who still waits)
 
 A delivery writes tmp/, syncs, renames into new/, syncs the folder, and only then is a message acknowledged; a crash
@@ -46,9 +45,8 @@ CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY
 STALE = 36 * 3600  # seconds after which a file in tmp/ belongs to nobody, as Maildir has it
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB and some 40 ms a guess
 SCRYPT_TURN = threading.Semaphore(2)  # at a time: a crowd of guesses must not take all memory
-COARSE, FINE = 2_000_000_000, 100_000_000  # ns that a file system's time of change may stand still, by its kind
-CHASES = 20  # times that we look for a file which another program renames again and again
-MAX_KEPT = 200_000  # names in the listings that are kept in memory, 30 to 50 MB, or 55 to 80 with measured sizes
+FOLLOWS = 20  # times that a file is looked for which another program renames again and again
+MAX_MEASURED = 200_000  # files of other programs whose sizes are remembered, some 300 octets of memory each
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as shipped in users.txt
 
 log = logging.getLogger("store")
@@ -467,8 +465,7 @@ class Store:
         self.queue_folder = f"{self.folder}/queue"
         self.arrived, self.queue_changed = threading.Condition(), threading.Event()
         self.users_lock, self.damaged = threading.Lock(), set()
-        self.listings, self.kept = {}, 0  # of mailboxes that have not changed for a while, and how many names these are
-        self.listings_lock = threading.Lock()
+        self.measured = {}  # sizes on the wire of other programs' files: path to (version_of, octets)
         self.users_path = self.users_seen = None
         if isinstance(users, str | os.PathLike):
             self.users_path = os.fspath(users)
@@ -531,16 +528,42 @@ class Store:
         """Return the folder of an account."""
         return f"{self.folder}/{key(address)}"
 
-    def keep_listing(self, folder: str, found: "Listing | None") -> None:
-        """Remember what was found in a mailbox's folder, so that polling lists nothing; None: forget it."""
-        with self.listings_lock:
-            if before := self.listings.pop(folder, None):
-                self.kept -= len(before.names)
-            if found:
-                self.kept += len(found.names)
-                if self.kept > MAX_KEPT:
-                    self.listings, self.kept = {}, len(found.names)
-                self.listings[folder] = found
+    def measure(self, path: str) -> int | None:
+        """Return the size on the wire of a file whose name does not tell it; None: it is not a message.
+
+        An unreadable file is a message all the same: a client that synchronises by UIDL would take a missing one for
+        deleted.
+        """
+        with contextlib.suppress(OSError):
+            known = self.measured.get(path)
+            if known and known[0] == version_of(os.stat(path)):
+                return known[1]
+        try:
+            fd, state = open_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.error("can't read %s: %s", path, error)
+            return 0
+        try:
+            return self.measure_open(fd, state, path)
+        except OSError as error:
+            log.error("can't read %s: %s", path, error)
+            return state.st_size
+        finally:
+            os.close(fd)
+
+    def measure_open(self, fd: int, state: os.stat_result, path: str) -> int:
+        """Return the size on the wire of an open file, by reading it unless that was done before."""
+        known = self.measured.get(path)
+        if known and known[0] == version_of(state):
+            return known[1]
+        size = wire_size(fd, state.st_size)
+        os.lseek(fd, 0, os.SEEK_SET)
+        if len(self.measured) >= MAX_MEASURED:
+            self.measured = {}
+        self.measured[path] = version_of(state), size
+        return size
 
     def publish(self, tmp: str, path: str) -> str:
         """Move a file from tmp/ to where it is a message; return its path."""
@@ -650,7 +673,6 @@ class Store:
         finally:
             self.change_accounts(address, None)
             self.clear(address)
-            self.keep_listing(self.mailbox(address), None)
             import shutil
 
             shutil.rmtree(self.mailbox(address), ignore_errors=True)
@@ -777,7 +799,7 @@ def take_lock(path: str) -> int | None:
 # ---------------------------------------------------------------- what POP3 sees of it
 
 
-WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,[^:\n]*)?(?::[^\n]*)?$", re.MULTILINE)
+WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,|$)")
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
@@ -785,213 +807,115 @@ class InUse(Exception):
     """Another session has the maildrop open."""
 
 
-class Listing(collections.namedtuple("Listing", "folder times names sizes in_cur unsized measured")):
-    """What was found in a mailbox's folder, whose new/ and cur/ had these `times`.
-
-    `names` and `sizes` are those of the messages' files, oldest first, `in_cur` the names that were in cur/.  `unsized`
-    are the names without a size in them, and `measured` their sizes by `stamp_of` the files.
-    """
-
-    def path(self, name: str) -> str:
-        return f"{self.folder}/{'cur' if name in self.in_cur else 'new'}/{name}"
-
-    def is_as_measured(self) -> bool:
-        """Say whether the files whose sizes are not in their names are still what was measured."""
-        try:
-            states = map(os.stat, map(self.path, self.unsized))
-            return list(map(stamp_of, self.unsized, states)) == list(self.measured)
-        except OSError:
-            return False
-
-
 class Maildrop:
-    """The messages of one mailbox as they were when it was opened, oldest first, under its exclusive lock.
+    """The messages of one mailbox as they were when it was opened, in order of arrival.
 
-    Attributes: `names` (of the files) and `sizes` (octets on the wire, before dot-stuffing); the index of a message is
-    the same in both and never changes.  Raises InUse, or OSError.
+    Holds the mailbox's exclusive lock until close().  Attributes: `names` (the files' names up to a `:`) and `sizes`
+    (octets on the wire, before dot-stuffing); a message keeps its index in both.  The constructor raises InUse, or
+    OSError.
     """
 
     def __init__(self, store: Store, address: str):
-        self.store, self.folder, self.lock_fd = store, store.mailbox(address), None
+        self.store = store
+        self.folder = store.mailbox(address)
+        lock_path = f"{self.folder}/pop3.lock"
         try:
-            self.open_folder()
-        except FileNotFoundError:  # no mail yet, or somebody took the folder away
+            self.lock_fd = take_lock(lock_path)
+        except FileNotFoundError:  # no mail yet, or somebody has removed the folder
             store.make_folder(self.folder)
-            self.open_folder()
-
-    def open_folder(self) -> None:
-        self.lock_fd = take_lock(f"{self.folder}/pop3.lock")
+            self.lock_fd = take_lock(lock_path)
         if self.lock_fd is None:
             raise InUse
         try:
-            self.listing = self.look()
+            self.take_snapshot()
         except BaseException:
             self.close()
             raise
-        self.names, self.sizes = self.listing.names, self.listing.sizes
 
-    def look(self) -> Listing:
-        """List the folders, unless nothing in them has changed since they were last listed."""
-        times = self.times()
-        kept = self.store.listings.get(self.folder)
-        if kept and kept.times == times and kept.is_as_measured():
-            return kept
-        now = time.time_ns()
-        settled = all(now - max(mtime, ctime) > settling(mtime) for mtime, ctime, _ in times)
-        new, cur = (listing(f"{self.folder}/{sub}") for sub in ("new", "cur"))
-        if cur and not (settled and self.times() == times):
-            cur = listing_of_what_moves(f"{self.folder}/cur")
-        if cur:  # what another program moves while we look is in both
-            bases = {name.partition(":")[0] for name in cur}
-            new = [name for name in new if name.partition(":")[0] not in bases]
-        names = sorted(new + cur)
-        text = "\n".join(names)
-        sizes = list(map(int, WIRE_SIZE.findall(text)))
-        found = Listing(self.folder, times, names, sizes, set(cur), [], {})
-        if not len(sizes) == len(names) == text.count("\n") + bool(names):  # a line break in a name counts as one more
-            found = self.measure(found)
-        if settled and len(found.names) == len(names):  # what could not be looked at may be a message another time
-            self.store.keep_listing(self.folder, found)
+    def take_snapshot(self) -> None:
+        """List the messages with their sizes: by the name where it has one, else by looking into the file."""
+        self.names, self.paths, self.sizes = [], [], []
+        for name, path in sorted(self.scan().items()):
+            match = WIRE_SIZE.search(name)
+            size = int(match[1]) if match else self.store.measure(path)
+            if size is not None:
+                self.names.append(name)
+                self.paths.append(path)
+                self.sizes.append(size)
+
+    def scan(self) -> dict[str, str]:
+        """Return the paths of the files in new/ and cur/ by their names up to a `:`, which never change."""
+        found = {}
+        for sub in ("new", "cur"):  # in this order, so that a file which is moved meanwhile is seen
+            folder = f"{self.folder}/{sub}"
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(folder):
+                    if not name.startswith("."):
+                        found[name.partition(":")[0]] = f"{folder}/{name}"
         return found
-
-    def times(self) -> list[tuple[int, int, int]]:
-        """Return what changes when a file is added, renamed or removed."""
-        states = [os.stat(f"{self.folder}/{sub}") for sub in ("new", "cur")]
-        return [(state.st_mtime_ns, state.st_ctime_ns, state.st_ino) for state in states]
-
-    def measure(self, found: Listing) -> Listing:
-        """Return the listing of those names that are messages, with the help of what was measured before."""
-        known, names, sizes, unsized, measured = self.read_sizes(), [], [], [], {}
-        for name in found.names:
-            if match := WIRE_SIZE.search(name):
-                size = int(match[1])
-            else:
-                size = measure_file(found.path(name), name, known, measured)
-                if size is None:
-                    continue
-                unsized.append(name)
-            names.append(name)
-            sizes.append(size)
-        if measured != known:
-            self.write_sizes(measured)
-        return found._replace(names=names, sizes=sizes, unsized=unsized, measured=measured)
-
-    def read_sizes(self) -> dict[str, int]:
-        """Return what was measured before: sizes on the wire by `stamp_of` the files."""
-        import json
-
-        try:
-            with open(open_file(f"{self.folder}/pop3.sizes")[0], encoding="ascii") as file:
-                known = json.load(file)
-            return known if all(type(size) is int and size >= 0 for size in known.values()) else {}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            return {}
-
-    def write_sizes(self, measured: dict[str, int]) -> None:
-        import json
-
-        tmp = f"{self.folder}/tmp/{os.getpid()}.{next(counter)}.sizes"
-        try:
-            with open(tmp, "w", encoding="ascii") as file:
-                file.write(json.dumps(measured))
-            os.replace(tmp, f"{self.folder}/pop3.sizes")
-        except OSError:  # it would only save time
-            with contextlib.suppress(OSError):
-                os.unlink(tmp)
 
     @functools.cached_property
     def uids(self) -> list[str]:
-        """Return every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
-        text = "".join(self.names)
-        plain = ":" not in text and " " not in text and text.isascii() and text.isprintable()
-        if plain and max(map(len, self.names), default=0) <= MAX_UID:  # as ours are, each once in its folder
-            return self.names
-        uids = [name.partition(":")[0] for name in self.names]
-        if len(set(uids)) < len(uids):  # the same name twice, with other flags
-            times = collections.Counter(uids)
-            uids = [name if times[uid] > 1 else uid for name, uid in zip(self.names, uids, strict=True)]
-        return [uid if PLAIN_UID.fullmatch(uid) else hash_of(uid) for uid in uids]
+        """Every message's UIDL: its name up to the flags, or a hash where that would not be a UIDL."""
+        return [name if PLAIN_UID.fullmatch(name) else hash_of(name) for name in self.names]
+
+    def find_again(self, indexes: Iterable[int]) -> list[int]:
+        """Look for files that another program has moved or flagged; return the indexes of those that are there.
+
+        A listing can miss a file that is renamed at that moment; two in a row hardly do.
+        """
+        found = self.scan() | self.scan()
+        present = [index for index in indexes if self.names[index] in found]
+        for index in present:
+            self.paths[index] = found[self.names[index]]
+        return present
 
     def open(self, index: int) -> tuple[int, int]:
-        """Open a message's file, also when another program has moved or flagged it; FileNotFoundError: it is gone.
+        """Open a message's file; return a descriptor and the message's size on the wire.
 
-        Returns a descriptor and the message's size on the wire, which is not what `sizes` has if the file's name lies
-        or somebody has written into it.
+        That is not what `sizes` has when the file's name lies or somebody has written into it.  Raises
+        FileNotFoundError when the message is gone, or OSError.
         """
-        name = self.names[index]
-        try:
-            fd, state = open_file(self.listing.path(name))
-        except FileNotFoundError:
-            fd, state = self.open_moved(name)
-        if f",S={state.st_size}," in name:
-            return fd, self.sizes[index]
-        size = self.listing.measured.get(stamp_of(name, state))
-        if size is None:
+        for _ in range(FOLLOWS):
             try:
-                size = wire_size(fd, state.st_size)
-                os.lseek(fd, 0, os.SEEK_SET)
-            except OSError:
-                os.close(fd)
-                raise
-        return fd, size
-
-    def places(self) -> dict[str, str]:
-        """Return where each file is now, by name, and those that have got flags also by what stands before them.
-
-        A listing can miss a file that another program is renaming; two in a row hardly do.
-        """
-        found, known = {}, set(self.names)
-        for folder in (f"{self.folder}/new", f"{self.folder}/cur"):
-            with contextlib.suppress(FileNotFoundError):
-                for name in listing(folder):
-                    found[name] = path = f"{folder}/{name}"
-                    if name not in known:
-                        found.setdefault(name.partition(":")[0], path)
-        return found
-
-    def open_moved(self, name: str) -> tuple[int, os.stat_result]:
-        """Open a file that is not where it was, and may be moved again right now; FileNotFoundError: it is gone."""
-        missed = False
-        for _ in range(CHASES):
-            path = place_of(name, self.places())
-            if path:
-                with contextlib.suppress(FileNotFoundError):
-                    return open_file(path)
-            elif missed:
+                fd, state = open_file(self.paths[index])
                 break
-            missed = not path
-        raise FileNotFoundError(errno.ENOENT, "gone", name)
+            except FileNotFoundError:
+                if not self.find_again([index]):
+                    raise
+        else:
+            raise FileNotFoundError(errno.ENOENT, "moves all the time", self.paths[index])
+        if f",S={state.st_size}," in self.names[index]:
+            return fd, self.sizes[index]
+        try:
+            return fd, self.store.measure_open(fd, state, self.paths[index])
+        except OSError:
+            os.close(fd)
+            raise
 
     def remove(self, indexes: Iterable[int]) -> int:
-        """Delete messages for good; return how many are still there (those that are gone already are not).
+        """Delete messages for good; return how many could not be deleted (those that are gone already don't count).
 
-        Raises OSError when the folders can't be listed, or what was done can't be made durable.
+        Raises OSError when the folders can't be listed, or when the deletion can't be made durable.
         """
-        paths = {name: self.listing.path(name) for name in map(self.names.__getitem__, indexes)}
-        failed, folders, missed = 0, set(), set()
-        for _ in range(CHASES):
-            gone = []
-            for name, path in paths.items():
+        left, failed, folders = list(indexes), 0, set()
+        for _ in range(FOLLOWS):
+            moved = []
+            for index in left:
                 try:
-                    os.unlink(path)
-                    folders.add(os.path.dirname(path))
+                    os.unlink(self.paths[index])
+                    folders.add(os.path.dirname(self.paths[index]))
                 except FileNotFoundError:
-                    gone.append(name)
+                    moved.append(index)
                 except OSError as error:
-                    log.error("can't delete %s: %s", name, error)
+                    log.error("can't delete %s: %s", self.paths[index], error)
                     failed += 1
-            places = self.places() if gone else {}
-            found = {name: place_of(name, places) for name in gone}
-            paths = {name: path or paths[name] for name, path in found.items() if path or name not in missed}
-            missed = {name for name, path in found.items() if not path}
-            if not paths:
+            left = self.find_again(moved) if moved else []
+            if not left:
                 break
-        else:
-            log.error("can't delete %d files of %s: they move all the time", len(paths), self.folder)
-            failed += len(paths)
         for folder in folders:
             self.store.sync_folder(folder)
-        return failed
+        return failed + len(left)
 
     def close(self) -> None:
         """Give the lock back."""
@@ -1000,77 +924,17 @@ class Maildrop:
             self.lock_fd = None
 
 
-def place_of(name: str, places: dict[str, str]) -> str | None:
-    """Return where `Maildrop.places` has a message, perhaps with other flags, or None."""
-    return places.get(name) or places.get(name.partition(":")[0])
-
-
-def listing_of_what_moves(folder: str) -> list[str]:
-    """Return the names in cur/ while another program may be setting flags, which renames.
-
-    A listing can then miss a file, or have it under both its names.  So this takes what any of three has seen of each
-    message, the last one's names first; one that is there twice for good stays twice.
-    """
-    found = {}
-    for _ in range(3):
-        seen = {}
-        for name in listing(folder):
-            seen.setdefault(name.partition(":")[0], []).append(name)
-        found |= seen
-    names = []
-    for same in found.values():
-        there = [name for name in same if os.path.lexists(f"{folder}/{name}")] if len(same) > 1 else same
-        names += there or same[-1:]
-    return names
-
-
 def open_file(path: str) -> tuple[int, os.stat_result]:
-    """Open a file to be read; return its descriptor and state.  What is none (a FIFO would keep us waiting) is gone."""
+    """Open a file to be read; return its descriptor and state.
+
+    Anything but a regular file (opening a FIFO would block) raises FileNotFoundError.
+    """
     fd = os.open(path, os.O_RDONLY | BINARY | NONBLOCK)
     state = os.fstat(fd)
     if not stat.S_ISREG(state.st_mode):
         os.close(fd)
         raise FileNotFoundError(errno.ENOENT, "not a file", path)
     return fd, state
-
-
-def measure_file(path: str, name: str, known: dict[str, int], measured: dict[str, int]) -> int | None:
-    """Return a file's size on the wire, as `known` or by reading it, and note it in `measured`; None: it is no message.
-
-    One that can't be read is there all the same: to a client that keeps in step by UIDL, what is gone was deleted.
-    What was written just now is not noted: it may yet change within the same instant.
-    """
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    stamp = stamp_of(name, state)
-    size = known.get(stamp)
-    if size is None:
-        try:
-            fd, _ = open_file(path)
-            try:
-                size = wire_size(fd, state.st_size)
-            finally:
-                os.close(fd)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            log.error("can't read %s: %s", path, error)
-            return state.st_size
-    if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > settling(state.st_mtime_ns):
-        measured[stamp] = size  # one from the future is read each time
-    return size
-
-
-def settling(time_ns: int) -> int:
-    """Return for how long after such a time of change (ns) another one might have left the same."""
-    return FINE if time_ns % 1_000_000_000 else COARSE
-
-
-def stamp_of(name: str, state: os.stat_result) -> str:
-    """Return what a measured size belongs to: a file as it was, by its size, its times and its name."""
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {name}"
 
 
 def wire_size(fd: int, octets: int) -> int:
@@ -1086,6 +950,11 @@ def line_ends(data: bytes) -> str | tuple | None:
     look = io.IncrementalNewlineDecoder(None, False)
     look.decode(data.decode("latin-1"), final=True)
     return look.newlines
+
+
+def version_of(state: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file is written into."""
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def hash_of(text: str) -> str:

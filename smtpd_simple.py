@@ -45,7 +45,7 @@ from lineserver import (
     show_address,
     stuff,
 )
-from store import BLOCK, MAX_DOMAIN, MAX_LOCAL, Copy, Incoming, Store, in_words, line_ends, users_file, wire
+from store import MAX_DOMAIN, MAX_LOCAL, Delivery, Store, Target, in_words, line_ends, users_file, wire
 
 __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
 
@@ -53,6 +53,7 @@ MAX_SIZE = 102_400_000  # octets of a message, as EHLO says (RFC 1870)
 MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the client sends the rest later
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100, but who uses this is never that far from anybody
 READ_BLOCK = 1 << 18  # octets of a message that are read at once
+MAX_HEADER = 1 << 20  # octets of a header that are looked into
 MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
 ETRN_PAUSE = 1.0  # seconds between two tries that are asked for
 MAX_REPLY_LINES = 200  # of a next host's reply; EHLO's are the longest
@@ -281,7 +282,7 @@ class Arrival:
         self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
         self.newlines, self.header, self.in_header = Newlines(), bytearray(), True
         self.shown = bytearray()  # in the trace
-        self.incoming = Incoming(session.server.store, session.copies(envelope))
+        self.delivery = Delivery(session.server.store, session.copies(envelope))
 
     def add(self, block: bytes) -> None:
         """Take a piece of the content."""
@@ -289,7 +290,7 @@ class Arrival:
 
     def put(self, block: bytes) -> None:
         if not self.octets and block[:1] in (b" ", b"\t"):  # it would go on with our last trace field
-            self.incoming.write(b"\r\n")
+            self.delivery.write(b"\r\n")
         self.octets += len(block)
         if self.session.server.trace and len(self.shown) < lineserver.Trace.DATA_OCTETS:
             self.shown += block
@@ -300,15 +301,15 @@ class Arrival:
         if self.in_header:
             seen = max(len(self.header) - 3, 0)  # an end that is cut begins here
             self.header += block
-            self.in_header = self.header.find(b"\r\n\r\n", seen) < 0 and len(self.header) < BLOCK
+            self.in_header = self.header.find(b"\r\n\r\n", seen) < 0 and len(self.header) < MAX_HEADER
         try:
-            self.incoming.write(block)
+            self.delivery.write(block)
         except OSError as error:
             self.refuse(self.session.store_failed(self.envelope.id, error))
 
     def refuse(self, reply: str) -> None:
         self.refusal = self.refusal or reply
-        self.incoming.close()
+        self.delivery.close()
 
     def finish(self) -> str:
         """Put the message on disk and return the reply to its end."""
@@ -321,7 +322,7 @@ class Arrival:
         if reply := self.refusal or session.intercepted(".", ""):
             return reply
         try:
-            paths = self.incoming.commit(session.queue_entry(envelope))
+            paths = self.delivery.commit(session.queue_entry(envelope))
         except OSError as error:
             return session.store_failed(envelope.id, error)
         session.stored(envelope, self.octets, paths)
@@ -381,7 +382,7 @@ class SMTPHandler(LineHandler):
     def reset(self):
         """End the mail transaction, if there is one."""
         if self.envelope and self.envelope.arrival:
-            self.envelope.arrival.incoming.close()
+            self.envelope.arrival.delivery.close()
         self.envelope = None
 
     def allow(self, verb, argument):
@@ -619,9 +620,9 @@ class SMTPHandler(LineHandler):
             for mailbox in recipient.mailboxes:
                 if mailbox not in copies:
                     head = trace_fields(envelope.sender, mailbox, recipient.address, received)
-                    copies[mailbox] = Copy(self.server.store.mailbox(mailbox), head)
+                    copies[mailbox] = Target(self.server.store.mailbox(mailbox), head)
         if not all(recipient.mailboxes for recipient in envelope.accepted):
-            copies[None] = Copy(self.server.store.queue_folder, received.encode(), envelope.id)
+            copies[None] = Target(self.server.store.queue_folder, received.encode(), envelope.id)
         return list(copies.values())
 
     def received(self, envelope):
@@ -1083,7 +1084,7 @@ class Relay:
     def needing_utf8(self, entry: dict, recipients: list[dict], dsn: bool) -> dict[str, Outcome]:
         """Return the failures of those whom a message can't reach over a host without SMTPUTF8 (RFC 6531 3.2)."""
         with self.store.queued_message(entry["id"]) as file:
-            plain = file.read(BLOCK).partition(b"\r\n\r\n")[0].isascii()
+            plain = file.read(MAX_HEADER).partition(b"\r\n\r\n")[0].isascii()
         failures = {}
         for waiting in recipients:
             if not (entry["sender"] + waiting["address"] + (rcpt_options(waiting) if dsn else "")).isascii():
@@ -1213,18 +1214,18 @@ class Relay:
         received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
         copies, entry = [], None
         for mailbox in mailboxes:
-            copies.append(Copy(self.store.mailbox(mailbox), trace_fields("", mailbox, recipient, received)))
+            copies.append(Target(self.store.mailbox(mailbox), trace_fields("", mailbox, recipient, received)))
         if not mailboxes:
             domain = recipient.rpartition("@")[2]
             if self.store.users.is_local(domain) or not self.route(domain):
                 self.log.warning("report %s is for <%s>, where no way leads", name, recipient)
                 return
-            copies = [Copy(self.store.queue_folder, received.encode(), name)]
+            copies = [Target(self.store.queue_folder, received.encode(), name)]
             parameters = {"BODY": "8BITMIME"} | ({} if recipient.isascii() else {"SMTPUTF8": None})
             entry = new_entry(name, "", [Recipient(recipient, [])], parameters)
-        with contextlib.closing(Incoming(self.store, copies)) as incoming:
-            incoming.write(text)
-            incoming.commit(entry)
+        with contextlib.closing(Delivery(self.store, copies)) as delivery:
+            delivery.write(text)
+            delivery.commit(entry)
         self.log.info("report %s to <%s>", name, recipient)
 
 

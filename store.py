@@ -19,7 +19,6 @@ and, as a program: `python store.py accounts | list ADDRESS | show ADDRESS N | w
 """
 
 import binascii
-import collections
 import contextlib
 import errno
 import functools
@@ -34,9 +33,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
-BLOCK = 1 << 20  # octets of a message that are held in memory; what is beyond streams to disk
-MANY = 1000  # pieces of a message: small ones take thirty times the memory of what is in them
+BUFFER = 1 << 16  # octets of a message that are held in memory until they go to its file
+BLOCK = 1 << 18  # octets of a file that are read at once
 MAX_LOCAL, MAX_DOMAIN = 64, 255  # octets, RFC 5321 4.5.3.1.1 and 4.5.3.1.2
 MAX_UID = 70  # octets, RFC 1939 7
 BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -335,118 +335,119 @@ def write_all(fd: int, data: bytes) -> None:
         written += os.write(fd, memoryview(data)[written:])
 
 
-class Copy(collections.namedtuple("Copy", "folder head name", defaults=[None])):
-    """One file that a message becomes: `head` stands before the message; a Maildir names its files itself (None)."""
+class Target(NamedTuple):
+    """One file that a message becomes: `header_fields` stand before the message.
 
-
-class Incoming:
-    """A message on its way to disk, one file per copy; nothing shows before `commit`.
-
-    Whoever makes one calls `write` with the message's octets, then `commit`, and in the end `close`, which removes
-    what was not committed.  Each of them may raise OSError.
+    A Maildir names its files itself (`name` is None); the queue's file is called by its queue ID.
     """
 
-    def __init__(self, store: "Store", copies: list[Copy]):
-        self.store, self.copies = store, copies
-        self.blocks, self.held, self.size, self.tail = [], 0, 0, b""
-        self.stem, self.parts = f"{time.time_ns()}.{os.getpid()}.{next(counter)}", itertools.count()
-        self.pending = {}  # files in tmp/, and what each will be
-        self.fd = self.first = None  # descriptor and path of the first copy, once the message streams
+    folder: str
+    header_fields: bytes
+    name: str | None = None
+
+
+class Delivery:
+    """A message on its way to disk, one file per target; nothing shows before `commit`.
+
+    The content goes into the first target's file in tmp/ as it arrives, the other files are copied from it.  Whoever
+    makes a Delivery calls `write` with the message's octets, then `commit`, and in the end `close`, which removes what
+    was not committed.  Each of them may raise OSError.
+    """
+
+    def __init__(self, store: "Store", targets: list[Target]):
+        self.store = store
+        self.targets = targets
+        self.buffer = bytearray()  # content that is not in a file yet
+        self.size = 0  # octets of content
+        self.tail = b""  # its last two octets
+        self.fd: int | None = None  # of the first target's file
+        self.pending: dict[str, str] = {}  # files in tmp/, and what each will be called
 
     def write(self, block: bytes) -> None:
-        """Add octets; beyond a megabyte they go to disk as they come."""
-        self.blocks.append(block)
-        self.held += len(block)
-        if self.held >= BLOCK:
-            self.spill()
-        elif len(self.blocks) > MANY:
-            self.blocks = [b"".join(self.blocks)]
+        """Add octets; beyond a small buffer they go to disk as they come."""
+        self.buffer += block
+        if len(self.buffer) >= BUFFER:
+            self.flush()
 
-    def spill(self) -> None:
-        data = b"".join(self.blocks)
-        self.blocks, self.held = [], 0
+    def flush(self) -> None:
+        """Write what is buffered into the first target's file."""
+        data = bytes(self.buffer)
+        self.buffer.clear()
         self.size += len(data)
         self.tail = (self.tail + data[-2:])[-2:]
         if self.fd is None:
-            self.fd = self.create(self.copies[0].folder)
-            [self.first] = self.pending
-            write_all(self.fd, self.copies[0].head)
+            self.fd = self.create(self.targets[0].folder)
+            data = self.targets[0].header_fields + data
         write_all(self.fd, data)
 
-    def create(self, folder: str, target: str | None = None) -> int:
-        path = f"{folder}/tmp/{self.stem}.{next(self.parts)}"
-        self.pending[path] = target
+    def create(self, folder: str, path: str = "") -> int:
+        """Create a file in a folder's tmp/ that will be called `path`; return its descriptor."""
+        tmp = f"{folder}/tmp/{time.time_ns()}.{os.getpid()}.{next(counter)}"
+        self.pending[tmp] = path
         try:
-            return os.open(path, CREATE, 0o600)
-        except FileNotFoundError:  # the first message, or somebody took the folder away
+            return os.open(tmp, CREATE, 0o600)
+        except FileNotFoundError:  # the first message, or somebody has removed the folder
             self.store.make_folder(folder)
-            return os.open(path, CREATE, 0o600)
+            return os.open(tmp, CREATE, 0o600)
 
     def commit(self, entry: dict | None = None) -> list[str]:
-        """Put every copy on disk, then into sight, the queue's entry last; return the paths.
+        """Put every file on disk, then into sight, the queue's entry last; return the paths.
 
-        All files are written and synced before the first one shows, so a full disk refuses the message whole.  A
-        failure between two renames leaves some recipients served although the client is told to try again: a message
-        twice, never one lost.
+        All files are written, synced and closed before the first one shows, so a full disk refuses the message whole,
+        and Windows, which renames no open file, is content.  A failure between two renames leaves some recipients
+        served although the client is told to try again: a message twice, never one lost.
         """
-        content = None
-        if self.fd is None:
-            content = b"".join(self.blocks)
-            self.size, self.tail = len(content), content[-2:]
-        elif self.blocks:
-            self.spill()
-        for index, copy in enumerate(self.copies):
-            self.write_copy(index, copy, content)
+        self.flush()
+        self.store.sync_file(self.fd)
+        [first] = self.pending
+        self.pending[first] = self.path(self.targets[0])
+        for target in self.targets[1:]:
+            os.lseek(self.fd, len(self.targets[0].header_fields), os.SEEK_SET)
+            content = iter(lambda: os.read(self.fd, BUFFER), b"")
+            self.write_file(target.folder, self.path(target), itertools.chain([target.header_fields], content))
+        self.close_file()
         if entry is not None:
-            import json
-
-            queue = self.store.queue_folder
-            self.write_file(queue, f"{queue}/{entry['id']}.json", json.dumps(entry).encode())
-        done = []
-        for tmp, target in list(self.pending.items()):
-            done.append(self.store.publish(tmp, target))
+            self.write_file(self.store.queue_folder, self.store.entry_path(entry["id"]), [json_of(entry)])
+        paths = list(self.pending.values())
+        for tmp, path in list(self.pending.items()):
+            self.store.publish(tmp, path)
             del self.pending[tmp]
-        for folder in dict.fromkeys(path.rpartition("/")[0] for path in done):
+        for folder in dict.fromkeys(path.rpartition("/")[0] for path in paths):
             self.store.sync_folder(folder)
         self.store.announce(entry is not None)
-        return done
+        return paths
 
-    def write_copy(self, index: int, copy: Copy, content: bytes | None) -> None:
-        """Write and sync one copy: from memory, or (all but the first, which has streamed) from the first."""
-        missing = 0 if self.tail == b"\r\n" or not self.size else 2  # POP3 ends a last line that its sender did not
-        octets = len(copy.head) + self.size
-        target = f"{copy.folder}/{copy.name or 'new/' + unique(self.store.host, octets, octets + missing)}"
-        if content is not None:
-            self.write_file(copy.folder, target, copy.head + content)
-        elif index:
-            self.write_file(copy.folder, target, copy.head, self.content_of_first())
-        else:
-            self.pending[self.first] = target
-            self.store.sync_file(self.fd)
+    def path(self, target: Target) -> str:
+        """Return what a target's file will be called, with its sizes if it is a Maildir's."""
+        if target.name:
+            return f"{target.folder}/{target.name}"
+        octets = len(target.header_fields) + self.size
+        missing = 2 if self.size and self.tail != b"\r\n" else 0  # POP3 adds the CRLF that the sender left out
+        return f"{target.folder}/new/{unique(self.store.host, octets, octets + missing)}"
 
-    def write_file(self, folder: str, target: str, head: bytes, rest: Iterable[bytes] = ()) -> None:
-        fd = self.create(folder, target)
+    def write_file(self, folder: str, path: str, blocks: Iterable[bytes]) -> None:
+        """Write and sync one more file."""
+        fd = self.create(folder, path)
         try:
-            write_all(fd, head)
-            for block in rest:
+            for block in blocks:
                 write_all(fd, block)
             self.store.sync_file(fd)
         finally:
             os.close(fd)
 
-    def content_of_first(self) -> Iterator[bytes]:
-        os.lseek(self.fd, len(self.copies[0].head), os.SEEK_SET)
-        return iter(lambda: os.read(self.fd, BLOCK), b"")
-
-    def close(self) -> None:
-        """Let go of the files; what has not been committed is gone."""
+    def close_file(self) -> None:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
-        for path in self.pending:
+
+    def close(self) -> None:
+        """Let go of the files; what has not been committed is gone."""
+        self.close_file()
+        for tmp in self.pending:
             with contextlib.suppress(OSError):
-                os.unlink(path)
-        self.pending, self.blocks = {}, []
+                os.unlink(tmp)
+        self.pending = {}
+        self.buffer.clear()
 
 
 class Store:
@@ -565,14 +566,13 @@ class Store:
         self.measured[path] = version_of(state), size
         return size
 
-    def publish(self, tmp: str, path: str) -> str:
-        """Move a file from tmp/ to where it is a message; return its path."""
+    def publish(self, tmp: str, path: str) -> None:
+        """Move a file from tmp/ to where it is a message."""
         try:
-            os.rename(tmp, path)
-        except FileNotFoundError:  # somebody took new/ away
+            os.replace(tmp, path)
+        except FileNotFoundError:  # somebody has removed new/
             self.make_folder(os.path.dirname(os.path.dirname(tmp)))
-            os.rename(tmp, path)
-        return path
+            os.replace(tmp, path)
 
     def make_folder(self, folder: str) -> None:
         """Make a Maildir (or the queue's folder), and see that it survives a crash."""
@@ -695,12 +695,16 @@ class Store:
         """Return the ids of the mail that waits for other hosts."""
         return [name.removesuffix(".json") for name in listing(self.queue_folder) if name.endswith(".json")]
 
+    def entry_path(self, name: str) -> str:
+        """Return the path of a message's queue entry."""
+        return f"{self.queue_folder}/{name}.json"
+
     def entry(self, name: str) -> dict | None:
         """Return the queue's entry of one message, or None when it is gone (or is none of ours); OSError: who knows."""
         import json
 
         try:
-            with open(f"{self.queue_folder}/{name}.json", encoding="utf-8") as file:
+            with open(self.entry_path(name), encoding="utf-8") as file:
                 entry = json.load(file)
             if entry["id"] != name or not fits(entry, ENTRY_FIELDS):
                 raise ValueError("its fields are not those of a message")
@@ -721,12 +725,17 @@ class Store:
 
     def save_entry(self, entry: dict) -> None:
         """Put a changed entry in place of the old one, durably."""
-        with contextlib.closing(Incoming(self, [])) as writer:
-            writer.commit(entry)
+        with contextlib.closing(Delivery(self, [])) as delivery:
+            path = self.entry_path(entry["id"])
+            delivery.write_file(self.queue_folder, path, [json_of(entry)])
+            [tmp] = delivery.pending
+            os.replace(tmp, path)
+            delivery.pending = {}
+        self.sync_folder(self.queue_folder)
 
     def unqueue(self, name: str) -> None:
         """Remove a message that nobody waits for any more."""
-        os.unlink(f"{self.queue_folder}/{name}.json")
+        os.unlink(self.entry_path(name))
         self.sync_folder(self.queue_folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.queue_folder}/{name}")
@@ -773,6 +782,13 @@ def fits(record: dict, fields: dict) -> bool:
     values = [record[name] for name in fields]
     texts = "".join(value for value in values if isinstance(value, str))
     return texts.isprintable() and all(map(isinstance, values, fields.values()))
+
+
+def json_of(entry: dict) -> bytes:
+    """Return a queue entry as its file keeps it."""
+    import json
+
+    return json.dumps(entry).encode()
 
 
 def in_words(count: int) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from smtpd_simple import SMTPServer
-from store import Copy, Incoming, Store
+from store import Delivery, Store, Target
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = b"Subject: bench\r\n\r\n" + b"x" * 70 + b"\r\n" * 12
@@ -101,9 +101,9 @@ def opening(folder, port, count):
     store = Store(folder / "spool", ALICE, sync=False)
     store.clear()
     for _ in range(count):
-        incoming = Incoming(store, [Copy(store.mailbox("alice@example.test"), b"")])
-        incoming.write(TEXT)
-        incoming.commit()
+        delivery = Delivery(store, [Target(store.mailbox("alice@example.test"), b"")])
+        delivery.write(TEXT)
+        delivery.commit()
     begin = time.perf_counter()
     talk(port, POLL)
     return (time.perf_counter() - begin) * 1e3

@@ -78,12 +78,12 @@ def tls(certificate):
 @pytest.fixture
 def deliver(store):
     """Put a message straight into a mailbox: deliver(text) or deliver(text, address)."""
-    from store import Copy, Incoming
+    from store import Delivery, Target
 
     def put(content=b"Subject: hi\r\n\r\nhello\r\n", address="alice@example.test"):
-        incoming = Incoming(store, [Copy(store.mailbox(address), b"")])
-        incoming.write(content)
-        return incoming.commit()[0]
+        delivery = Delivery(store, [Target(store.mailbox(address), b"")])
+        delivery.write(content)
+        return delivery.commit()[0]
 
     return put
 

@@ -12,7 +12,7 @@ import smtpd_simple
 from lineserver import stuff
 from pop3d_simple import top
 from smtpd_simple import Newlines, unstuff
-from store import Incoming, wire
+from store import Delivery, Target, wire
 
 
 def pieces(data, size):
@@ -250,12 +250,16 @@ def test_one_data_is_one_message(smtp, store, name):
     assert content.count(b"\n") == content.count(b"\r") == content.count(b"\r\n")
 
 
-def test_a_message_in_tiny_pieces_takes_no_more_memory_than_in_one(store):
-    incoming = Incoming(store, [])
-    for _ in range(20_000):
-        incoming.write(b"\r\n")
-    assert len(incoming.blocks) <= 1001
-    assert b"".join(incoming.blocks) == b"\r\n" * 20_000
+def test_a_delivery_holds_little_in_memory(store):
+    """Whatever the size of the pieces: what has arrived is in a file, but for a small buffer."""
+    for size in (2, 1000, 300_000):
+        delivery = Delivery(store, [Target(store.mailbox("alice@example.test"), b"")])
+        for _ in range(600_000 // size):
+            delivery.write(b"x" * size)
+        [path] = delivery.pending
+        assert 600_000 - os.path.getsize(path) <= 65_536
+        delivery.close()
+        assert not os.path.exists(path)
 
 
 LF_MESSAGES = {  # what stands between DATA and NOOP: what is stored

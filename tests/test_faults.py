@@ -60,7 +60,7 @@ STEPS = {
     "first octet": ("write", 1, lambda fd, data: len(data) > 100),
     "middle of 10 MB": ("write", 5, lambda fd, data: len(data) > 100),
     "sync of the file": ("fsync", 1, lambda fd: True),
-    "rename": ("rename", 1, lambda *_: True),
+    "rename": ("replace", 1, lambda *_: True),
     "sync of the folder": ("fsync", 2, lambda fd: True),
 }
 

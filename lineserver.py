@@ -42,13 +42,14 @@ MAX_GUESSERS = 10_000  # addresses that are remembered
 LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
 HANDSHAKE = 30  # seconds for a TLS handshake
 LINGER = 2  # seconds in which a client that still sends may read our last words
-SPARE_DESCRIPTORS = 16  # that no session takes, so that those there are can store their mail
+SPARE_DESCRIPTORS = 64  # that sessions leave to spool files and listeners
 SPARE_THREADS = 32  # threads that wait for a connection at most
 STOPPING = 6  # seconds that sessions have to end when the server stops
 LAST_WAIT = 0.5  # seconds that they have once their connections are cut
 SEND_BLOCK = 1 << 17  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
 
+END_OF_DATA = b"\r\n.\r\n"
 KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs there
 HTTP = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "HOST:"}
 ENDING = {signal.SIGINT, signal.SIGTERM}
@@ -124,13 +125,29 @@ def split_address(text: str, default: int) -> tuple[str, int]:
     return host, int(port) if colon else default
 
 
-def stuff(blocks, line_start=True):
+def dot_stuff(blocks, line_start=True):
     """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3); takes and yields blocks of CRLF lines."""
     for block in blocks:
         if line_start and block.startswith(b"."):
             yield b"."
         line_start = block.endswith(b"\n")
         yield block if block.rfind(b"\n.") < 0 else block.replace(b"\n.", b"\n..")  # rfind() is the fastest look
+
+
+def dot_unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
+    """Undo dot-stuffing in a piece of a DATA section that begins with the CRLF before its first line.
+
+    Returns (content, rest, ended).  Until the end of data has come, put `rest` before the next piece; then it is what
+    the client sent behind it.  Only CRLF.CRLF ends data: a server that takes less can be made to see commands in a
+    message.
+    """
+    end = data.find(END_OF_DATA)
+    if end >= 0:
+        return data[: end + 2].replace(b"\r\n.", b"\r\n"), data[end + len(END_OF_DATA) :], True
+    # The piece may end inside the end of data: hold back what could be its beginning.
+    held = next((n for n in (4, 3, 2, 1) if data.endswith(END_OF_DATA[:n])), 0)
+    cut = len(data) - held
+    return data[:cut].replace(b"\r\n.", b"\r\n"), data[cut:], False
 
 
 # ---------------------------------------------------------------- what the client sends
@@ -625,14 +642,13 @@ class LineServer(socketserver.ThreadingTCPServer):
         if (implicit_tls or require_tls) and not self.tls:
             raise ValueError("TLS needs a certificate")
         self.implicit_tls, self.require_tls = implicit_tls, require_tls
-        self.max_connections, self.intercept = max_connections, intercept
+        self.max_connections, self.intercept = connection_limit(max_connections), intercept
         self.max_per_address = max_per_address or max_connections - max_connections // 10
         self.timeout = timeout or self.default_timeout
         self.trace = Trace() if trace is True else trace or None
         self.sessions, self.by_address = set(), {}
         self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
         self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
-        self.descriptors = session_descriptors()
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
         self.host, self.port = self.server_address[:2]
@@ -705,8 +721,7 @@ class LineServer(socketserver.ThreadingTCPServer):
             self.waiting -= 1
             alone = self.waiting == 0 and not self.stopping.is_set()
             mine = self.by_address.get(host, 0)
-            room = self.busy < self.max_connections and request.fileno() < self.descriptors
-            welcome = room and mine < self.max_per_address
+            welcome = self.busy < self.max_connections and mine < self.max_per_address
             if welcome:
                 self.busy += 1
                 self.by_address[host] = mine + 1
@@ -792,14 +807,14 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
-def session_descriptors() -> float:
-    """Return below which number the sockets of sessions stay, so that those there are can open files."""
+def connection_limit(wanted: int) -> int:
+    """Return how many sessions may be open at once: `wanted`, or fewer where the system allows few descriptors."""
     try:
         import resource
-    except ImportError:  # Windows, where a socket's number means nothing
-        return float("inf")
+    except ImportError:  # Windows
+        return wanted
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return float("inf") if soft == resource.RLIM_INFINITY else max(soft - SPARE_DESCRIPTORS, soft / 2)
+    return wanted if soft == resource.RLIM_INFINITY else min(wanted, max(soft - SPARE_DESCRIPTORS, soft // 4))
 
 
 def join(threads, deadline: float) -> None:
@@ -904,7 +919,7 @@ def option_parser(program: str, about: str, port: int, tls_ports: list[tuple[str
     parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
     parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
-    add("--host", type=listening_host, default="127.0.0.1", metavar="H", help="where to listen (%(default)s)")
+    add("--host", default="127.0.0.1", metavar="H", help="where to listen (%(default)s)")
     add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
     for flag, usual in tls_ports:
         add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
@@ -916,45 +931,28 @@ def option_parser(program: str, about: str, port: int, tls_ports: list[tuple[str
     add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
     add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
     add("--max-connections", type=positive, default=1000, metavar="N", help="per process and port (%(default)s)")
-    add("--timeout", type=time_limit, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
+    add("--timeout", type=positive, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
     add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
 
 
-def option_error(what: str) -> Exception:
-    """Return the exception whose text argparse shows as it is."""
-    import argparse
-
-    return argparse.ArgumentTypeError(what)
-
-
-def listening_host(text: str) -> str:
-    """Read an address or a name to listen on for argparse."""
-    if not (text and text.isprintable()):
-        raise option_error(f"{text!a} is not a host")
-    return text
-
-
 def port_number(text: str) -> int:
     """Read a port for argparse."""
+    import argparse
+
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
-        raise option_error(f"{text!r} is not a port, 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """Read a number above zero for argparse."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) > 0):
-        raise option_error(f"{text!r} is not a whole number above 0")
-    return int(text)
+    """Read a number above zero for argparse; nine digits are enough for everything that is counted here."""
+    import argparse
 
-
-def time_limit(text: str) -> int:
-    """Read a time in seconds for argparse, three years at most."""
-    if positive(text) > 10**8:
-        raise option_error(f"{text!r} is too long a time")
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of at most 9 digits")
     return int(text)
 
 
@@ -1020,8 +1018,8 @@ def exit_status(program: str, serve) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        name = "an empty name" if error.filename == "" else error.filename
-        what = f"{name}: {error.strerror}" if name else error.strerror or error
+        where = "" if error.filename is None else f"{error.filename or 'an empty name'}: "
+        what = f"{where}{error.strerror or error}"
         print(f"{program}: {what}", file=sys.stderr)
         return 1
 

@@ -16,13 +16,12 @@ store.py, a snapshot under an exclusive lock.
 """
 
 import functools
-import itertools
 import os
 import sys
 import time
 
 import lineserver
-from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, show_address, stuff
+from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, dot_stuff, show_address
 from store import InUse, Maildrop, Store, in_words, users_file, wire
 
 __all__ = ["Disconnect", "POP3Handler", "POP3Server", "Store"]
@@ -41,25 +40,28 @@ def number(text: str) -> int:
     return int(text)
 
 
-def top(blocks, count: int):
-    """Yield of a message (blocks of CRLF lines) the header, the empty line and `count` lines of what follows."""
-    seen = b"\r\n"  # an empty first line ends a header that is not there
-    for block in blocks:
-        seen += block
-        if (end := seen.find(b"\r\n\r\n")) >= 0:
-            break
-        yield block
-        seen = seen[-3:]
-    else:
-        return
-    start = end + 4 - (len(seen) - len(block))  # in this block
-    for part in itertools.chain([block], blocks):
-        while count and (start := part.find(b"\n", start) + 1):
-            count -= 1
-        if start:
-            yield part[:start]
+def top(lines, count: int):
+    """Yield of a message (lines, long ones in several pieces) the header, the empty line and `count` lines more."""
+    in_header = line_start = True
+    for piece in lines:
+        if not in_header and not count:
             return
-        yield part
+        yield piece
+        if in_header and line_start and piece == b"\r\n":
+            in_header = False
+        elif not in_header and piece.endswith(b"\n"):
+            count -= 1
+        line_start = piece.endswith(b"\n")
+
+
+def split_lines(blocks):
+    """Yield the lines of a message that comes in blocks of CRLF lines; one that a block cuts comes in pieces."""
+    for block in blocks:
+        *lines, rest = block.split(b"\n")
+        for line in lines:
+            yield line + b"\n"
+        if rest:
+            yield rest
 
 
 # ---------------------------------------------------------------- one session
@@ -254,7 +256,7 @@ class POP3Handler(LineHandler):
         try:
             self.reply(reply.format(octets))
             blocks = wire(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
-            for block in stuff(blocks if lines is None else top(blocks, lines)):
+            for block in dot_stuff(blocks if lines is None else top(split_lines(blocks), lines)):
                 self.write(block)
                 sent, first = sent + len(block), first if len(first) > 1 else first + block  # a dot may come alone
         except OSError as error:  # in the middle of a message there is no way to say so

@@ -22,7 +22,6 @@ disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Rel
 import collections
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
@@ -40,10 +39,11 @@ from lineserver import (
     LineServer,
     Quit,
     Refused,
+    dot_stuff,
+    dot_unstuff,
     is_loopback,
     printable,
     show_address,
-    stuff,
 )
 from store import MAX_DOMAIN, MAX_LOCAL, Delivery, Store, Target, in_words, line_ends, users_file, wire
 
@@ -151,33 +151,6 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
     return found
 
 
-def unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
-    """Undo dot-stuffing (RFC 5321 4.5.2) in a piece of a DATA section that begins with the CRLF before its first line.
-
-    Returns (content, rest, ended).  Until the end of data has come, `rest` stands before the next piece; then it is
-    what the client sent behind it.  Only CRLF.CRLF ends data: whoever takes less can be made to see commands in a
-    message.
-    """
-    dots = data.rfind(b"\r\n.") >= 0  # most blocks have none, and no other look is as fast
-    if dots and (end := data.find(b"\r\n.\r\n")) >= 0:
-        return data[: end + 2].replace(b"\r\n.", b"\r\n"), data[end + 5 :], True
-    cut = max(len(data) - 4, 0)  # what may be the beginning of the end stays in the rest, with the CRLF before a dot
-    if data[cut - 1 : cut + 1] == b"\r\n":
-        cut -= 1
-    elif data[max(cut - 2, 0) : cut + 1] == b"\r\n.":
-        cut -= 2
-    return data[:cut].replace(b"\r\n.", b"\r\n") if dots else data[:cut], data[cut:], False
-
-
-def lf_ends_lines(block: bytes) -> tuple[bytes, bytes]:
-    """Return what a person with netcat has sent, with CRLF for each LF (see README), and what waits for the next block.
-
-    A CR alone ends nothing; one at the end may yet be followed by its LF.
-    """
-    held = b"\r" if block.endswith(b"\r") else b""
-    return block.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"), held
-
-
 class Newlines:
     """Turns bare CR and bare LF into CRLF, block by block; `bare` counts them."""
 
@@ -211,17 +184,9 @@ def new_id() -> str:
 
 def mail_date(seconds: float) -> str:
     """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
-    return date_of(int(seconds))
+    import email.utils
 
-
-@functools.lru_cache(maxsize=8)
-def date_of(second: int) -> str:
-    """Return the same for a whole second, for which many messages may ask."""
-    t = time.localtime(second)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[t.tm_wday]
-    month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[t.tm_mon - 1]
-    zone = f"{'-' if t.tm_gmtoff < 0 else '+'}{abs(t.tm_gmtoff) // 3600:02d}{abs(t.tm_gmtoff) // 60 % 60:02d}"
-    return f"{day}, {t.tm_mday:02d} {month} {t.tm_year} {t.tm_hour:02d}:{t.tm_min:02d}:{t.tm_sec:02d} {zone}"
+    return email.utils.formatdate(seconds, localtime=True)
 
 
 def trace_fields(sender: str, mailbox: str, recipient: str, received: str) -> bytes:
@@ -541,28 +506,35 @@ class SMTPHandler(LineHandler):
         arrival = self.envelope.arrival = Arrival(self, self.envelope)
         self.reply("354 Send the message; a line with only a dot ends it")
         try:
-            for block in self.content():
+            for block in self.content_by_line() if self.bare_lf else self.content():
                 arrival.add(block)
             if self.server.trace:
-                self.trace_data("C", b"".join(stuff([bytes(arrival.shown)])), arrival.octets)
+                self.trace_data("C", b"".join(dot_stuff([bytes(arrival.shown)])), arrival.octets)
             return arrival.finish()
         finally:
             self.reset()
 
     def content(self):
-        """Yield the message that follows DATA, dots undone; put back what comes behind its end."""
-        rest, held, started = b"\r\n", b"", False
+        """Yield the message that follows DATA, un-stuffed; put back what comes behind its end."""
+        rest, begun = b"\r\n", False
         for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
-            lines, held = lf_ends_lines(held + block) if self.bare_lf else (block, b"")
-            content, rest, ended = unstuff(rest + lines)
+            content, rest, ended = dot_unstuff(rest + block)
             if content:
-                yield content if started else content[2:]
-                started = True
+                yield content if begun else content[2:]
+                begun = True
             if ended:
-                break
-        if self.bare_lf:  # put back what came, which may be a chunk, and not what was made of it
-            rest = b"\n".join(block.rsplit(b"\n", rest.count(b"\n") + 1)[1:])
-        self.reader.buffer[:0] = rest
+                self.reader.buffer[:0] = rest
+                return
+
+    def content_by_line(self):
+        """The same in a session whose lines end in LF: somebody types into netcat, so speed does not matter."""
+        line_start = True
+        while True:
+            line = self.reader.readline(READ_BLOCK, self.server.timeout)
+            if line_start and line in (b".\n", b".\r\n"):
+                return
+            yield line.removeprefix(b".") if line_start else line
+            line_start = line.endswith(b"\n")
 
     def bdat(self, argument):
         """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""
@@ -1102,7 +1074,7 @@ class Relay:
             code, text = client.docmd("DATA")
             if code == 354:
                 try:
-                    for block in stuff(wire(file.read, READ_BLOCK)):
+                    for block in dot_stuff(wire(file.read, READ_BLOCK)):
                         client.sock.sendall(block)
                     client.sock.sendall(b".\r\n")
                     client.timeout *= 10  # they may have a lot to do now, RFC 5321 4.5.3.2.6

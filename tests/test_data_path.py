@@ -3,15 +3,16 @@
 import io
 import itertools
 import os
+import re
 
 import pytest
 from conftest import send
 from conversation import Line
 
 import smtpd_simple
-from lineserver import stuff
-from pop3d_simple import top
-from smtpd_simple import Newlines, unstuff
+from lineserver import dot_stuff, dot_unstuff
+from pop3d_simple import split_lines, top
+from smtpd_simple import Newlines
 from store import Delivery, Target, wire
 
 
@@ -20,11 +21,11 @@ def pieces(data, size):
 
 
 def read_data(data, size):
-    """Run what follows DATA through unstuff() in pieces; return content and rest, or None if it did not end."""
+    """Run what follows DATA through dot_unstuff() in pieces; return content and rest, or None if it did not end."""
     rest, out = b"\r\n", b""
     blocks = iter(pieces(data, size))
     for block in blocks:
-        content, rest, ended = unstuff(rest + block)
+        content, rest, ended = dot_unstuff(rest + block)
         out += content
         if ended:
             return out[2:], rest + b"".join(blocks)
@@ -116,7 +117,12 @@ def test_wire(file, wanted, size):
     ],
 )
 def test_stuff(text, wanted, size):
-    assert b"".join(stuff(pieces(text, size))) == wanted
+    assert b"".join(dot_stuff(pieces(text, size))) == wanted
+
+
+def blocks_of(text, size):
+    """Cut a text into pieces none of which ends between CR and LF, as to_crlf() gives them."""
+    return re.findall(rb"(?s:.{1,%d})(?:(?<=\r)\n)?" % size, text) if size else [text]
 
 
 TOP = b"A: 1\r\nB: 2\r\n\r\none\r\ntwo\r\n\r\nfour\r\n"
@@ -137,7 +143,7 @@ TOP = b"A: 1\r\nB: 2\r\n\r\none\r\ntwo\r\n\r\nfour\r\n"
     ],
 )
 def test_top(text, count, wanted, size):
-    assert b"".join(top(iter(pieces(text, size)), count)) == wanted
+    assert b"".join(top(split_lines(blocks_of(text, size)), count)) == wanted
 
 
 MESSAGES = {
@@ -160,7 +166,7 @@ MESSAGES = {
 def test_octets_in_and_out(smtp, pop3, store, name):
     """What DATA brings is in the file behind our fields, and RETR gives it back, with the size that LIST said."""
     content = MESSAGES[name]
-    stuffed = b"".join(stuff([content]))
+    stuffed = b"".join(dot_stuff([content]))
     assert send(smtp, stuffed).startswith("250 2.0.0")
     [path] = store.paths("alice@example.test")
     with open(path, "rb") as file:
@@ -194,7 +200,7 @@ def retrieve(pop3, number=1, user="alice@example.test", password="wonderland"):
 def test_data_at_every_packet_boundary(smtp, store):
     """One dialogue, cut in two at each octet of the message and of its end."""
     text = b"Subject: x\r\n\r\n.\r\n..\r\n\r\n.x\r\n"
-    stuffed = b"".join(stuff([text])) + b".\r\nNOOP\r\n"
+    stuffed = b"".join(dot_stuff([text])) + b".\r\nNOOP\r\n"
     with Line(smtp.host, smtp.port) as client:
         client.reply()
         client.ask("EHLO client.test")

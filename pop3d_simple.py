@@ -334,23 +334,29 @@ class POP3Server(LineServer):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
+    import startup_simple
+
     about = "A small POP3 server on a Maildir spool."
-    parser = lineserver.option_parser("pop3d_simple.py", about, 1110, [("--pop3s-port", 1995)])
+    parser = startup_simple.option_parser("pop3d_simple.py", about, 1110, [("--pop3s-port", 1995)])
     args = parser.parse_args(argv)
-    lineserver.check_options(parser, args)
-    return lineserver.exit_status("pop3d_simple.py", lambda: serve(args))
+    startup_simple.check_options(parser, args)
+    return startup_simple.exit_status("pop3d_simple.py", lambda: serve(args))
 
 
 def serve(args) -> int:
     """Open the listeners that the options name, and serve; raise ValueError or OSError."""
-    store, options = Store(args.spool, users_file(args.users)), lineserver.shared_options(args)
-    servers = [lineserver.listen(POP3Server, (args.host, args.port), store, **options)]
+    import startup_simple
+
+    store, options = Store(args.spool, users_file(args.users)), startup_simple.shared_options(args)
+    servers = [startup_simple.listen(POP3Server, (args.host, args.port), store, **options)]
     if args.pop3s_port is not None:
-        servers.append(lineserver.listen(POP3Server, (args.host, args.pop3s_port), store, implicit_tls=True, **options))
+        servers.append(
+            startup_simple.listen(POP3Server, (args.host, args.pop3s_port), store, implicit_tls=True, **options)
+        )
     name, pop3 = next(iter(store.users.accounts.values())), servers[0]
     where, users = show_address(pop3.host, pop3.port), store.users_path or "demo accounts"
     notice = f"  spool     {store.folder}\n  accounts  {users}\n  read      curl -u {name} pop3://{where}/1"
-    return lineserver.run(servers, args.processes, notice)
+    return startup_simple.run(servers, args.processes, notice)
 
 
 if __name__ == "__main__":

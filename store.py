@@ -328,6 +328,27 @@ def unique(host: str, octets: int, octets_on_wire: int) -> str:
     return f"{name}.{host[: MAX_UID - 1 - len(name) - len(sizes)]}{sizes}"
 
 
+ids = itertools.count(1)
+
+
+def new_id() -> str:
+    """Return what a message is called in replies, log and queue: hexadecimal, and unique on this machine."""
+    return f"{time.time_ns() // 1000:X}{os.getpid() & 0xFFFF:04X}{next(ids) & 0xFFF:03X}"
+
+
+def mail_date(seconds: float) -> str:
+    """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
+    import email.utils
+
+    return email.utils.formatdate(seconds, localtime=True)
+
+
+def trace_fields(sender: str, mailbox: str, recipient: str, received: str) -> bytes:
+    """Return what stands before a message in a mailbox; `received` is this hop's own field."""
+    original = f"X-Original-To: {recipient}\r\n" if mailbox.lower() != recipient.lower() else ""
+    return f"Return-Path: <{sender}>\r\nDelivered-To: {mailbox}\r\n{received}{original}".encode()
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write all of `data`; os.write() may stop half-way, on a disk that fills up for one."""
     written = os.write(fd, data)

@@ -31,7 +31,7 @@ def run(script, *argv, **options):
 def call(tmp_path, monkeypatch, capsys):
     """Call a program's main() in tmp_path: call("store.py", argument, ...) gives status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lineserver.run", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr("startup_simple.run", lambda *_: pytest.fail("it started"))
 
     def call(script, *argv):
         try:

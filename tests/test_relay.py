@@ -18,7 +18,8 @@ from conftest import FAST, ROOT, Program
 from conversation import Line, play
 from test_data_path import END_OF_DATA
 
-from smtpd_simple import Disconnect, Outcome, Relay, SMTPServer, read_reply
+from relay_simple import Outcome, Relay, read_reply
+from smtpd_simple import Disconnect, SMTPServer
 from store import Store
 
 PLAIN = "AGFsaWNlQGEuZXhhbXBsZQB3b25kZXJsYW5k"  # alice@a.example, wonderland
@@ -592,7 +593,7 @@ def test_three_servers_are_a_small_internet(stores, tmp_path):
 
 def test_etrn(stores, monkeypatch):
     """250 for all, 251 nothing waiting, 253 with a count, 459 without a route (RFC 1985 5.3)."""
-    monkeypatch.setattr("smtpd_simple.ETRN_PAUSE", 0.0)
+    monkeypatch.setattr("relay_simple.ETRN_PAUSE", 0.0)
     hook = Intercept(RCPT=["450 4.2.1 later"])
     slow = {**FAST, "first_pause": 3600, "longest_pause": 3600}
     with pair(stores, slow, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
@@ -724,7 +725,7 @@ def test_the_reply_to_a_message_may_take_its_time(stores):
 
 
 def test_who_asks_often_does_not_make_us_knock_as_often(stores, monkeypatch):
-    monkeypatch.setattr("smtpd_simple.ETRN_PAUSE", 1000)
+    monkeypatch.setattr("relay_simple.ETRN_PAUSE", 1000)
     hook = Intercept(RCPT=["450 4.2.1 busy"] * 1000)
     with pair(stores, {"first_pause": 1000}, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
         send(a, ["bob@b.example"])

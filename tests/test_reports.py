@@ -7,7 +7,8 @@ import pytest
 from conftest import FAST
 from test_relay import Intercept, empty, pair, send
 
-from smtpd_simple import Relay, SMTPServer, build_report, escape_address, new_entry, unxtext
+from relay_simple import Relay, build_report, escape_address, new_entry, unxtext
+from smtpd_simple import SMTPServer
 from store import Store
 
 

@@ -1,60 +1,92 @@
-"""What SMTP and POP3 stand on: threads, lines, deadlines, TLS, logins, the trace, starting and stopping.
+"""The machinery that SMTP and POP3 share: lines, sessions, logins, threads, TLS, the trace.
 
-Both protocols are a conversation in lines: the client sends a verb and an argument, the server answers.  This module
-holds the mechanism and hardly any of the words:
+Both protocols are dialogues in lines: the client sends a verb and an argument, the server answers.
+This module reads the line, calls the command and sends the reply; it knows neither protocol:
 
-- `LineReader`   lines and blocks from a socket, each with a limit and a deadline
-- `LineHandler`  one session: reads a line, looks the verb up in a table, sends the reply, counts errors
-- `LineServer`   one listener: threads, limits on sessions, TLS, an orderly end
-- `Trace`        the dialogue as a person wants to see it
-- `run`          one or several servers, in one or several processes, until a signal ends them
+- `LineReader`    lines and blocks from a socket, each with a limit and a deadline
+- `LineHandler`   one session: reads a command, looks it up in a table, sends the reply
+- `LoginHandler`  the same with SASL logins, slowed down by a `LoginThrottle`
+- `LineServer`    one listener: threads, limits on sessions, TLS, an orderly stop
+- `Trace`         the dialogue as a person wants to see it
 
-A protocol subclasses `LineHandler`, fills `commands` and `replies`, and writes one method per verb that returns its
-reply.  See smtpd_simple.py and pop3d_simple.py.  There is no event loop: a thread per session keeps a dialogue
-straight code, and a thread that has finished takes the next connection.  Behind `LineServer` come certificates, the
-trace, and what the two programs do alike: options, log, signals, processes.
+A protocol subclasses `LoginHandler`, fills in `commands` and `replies`, and writes one method per
+verb that returns its reply: see pop3d_simple.py, the shorter example.  A thread per session keeps a
+dialogue straight code, and a thread that has finished takes the next connection.
+
+Read it in this order: `LineHandler.handle` and `serve_command`, `LineReader`, then
+`LineServer.serve_connections`.
 """
 
 import binascii
+import collections
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
+import re
 import socket
 import socketserver
 import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
+
+if TYPE_CHECKING:
+    import ssl
+
+if sys.version_info < (3, 11):
+    sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
 
 VERSION = "1.0"
 
-MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RFC 2449 4 for 255, parameters add to it
+MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RFC 2449 4 for 255
 MAX_SASL_LINE = 12288  # octets of an answer in a login, RFC 4954 4
 MAX_ERRORS = 20  # in a row; a good command starts the count again
-MAX_LOGINS = 5  # failed ones on one connection
-MAX_GUESSES = 100  # failed ones from one address, but for those of accounts that got in at last ...
-GUESS_MEMORY = 600  # ... until it has been quiet for these seconds
-MAX_GUESSERS = 10_000  # addresses that are remembered
-LONGEST_DELAY = 2.0  # seconds that a failed login waits at most
-HANDSHAKE = 30  # seconds for a TLS handshake
-LINGER = 2  # seconds in which a client that still sends may read our last words
-SPARE_DESCRIPTORS = 64  # that sessions leave to spool files and listeners
-SPARE_THREADS = 32  # threads that wait for a connection at most
-STOPPING = 6  # seconds that sessions have to end when the server stops
-LAST_WAIT = 0.5  # seconds that they have once their connections are cut
-SEND_BLOCK = 1 << 17  # octets collected before they are sent
-FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller, and large buffers are dear to get
+MAX_LOGINS = 5  # failed logins in one session
+MAX_FAILURES = 20  # failed logins at one account from one address, then that pair is blocked
+FAILURE_MEMORY = 600  # seconds after which a failed login no longer counts
+MAX_REMEMBERED = 10_000  # pairs of address and account whose failures are remembered
+MAX_DELAY = 2.0  # seconds before a failed login is answered, at most
+HASHES_AT_ONCE = 2  # password hashes that are computed at the same time: each takes 16 MiB
+MAX_WAITING_HASHES = 100  # logins of one client address that may wait for their turn
+HANDSHAKE_TIMEOUT = 30  # seconds for a TLS handshake
+LINGER_TIMEOUT = 2  # seconds in which a client that still sends may read our last reply
+SPARE_DESCRIPTORS = 64  # reserved for spool files; sessions may have the others
+SPARE_THREADS = 32  # threads without a session that are kept
+STOP_TIMEOUT = 6  # seconds that sessions have to end when the server stops
+CUT_TIMEOUT = 0.5  # seconds that they have once their connections are cut
+SHORTAGE_PAUSE = 0.1  # seconds before accept() is tried again when the system is out of something
+SEND_BLOCK = 1 << 15  # octets collected before they are sent
+FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller
 
 END_OF_DATA = b"\r\n.\r\n"
-KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs there
-HTTP = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "HOST:"}
+IAC = "\udcff"  # with which telnet begins a control sequence, as readline() decodes it
+KERNEL_TIMEOUT = sys.platform == "linux" and struct.calcsize("l") == 8  # a timeval is two longs
+HTTP_VERBS = {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "HOST:"}
 SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+Reply = str | list[str] | None  # a line, several lines, or: the command has answered by itself
+Turn = Callable[[], AbstractContextManager[None]]  # held while a password hash is computed
+Answer = Callable[[bytes], str]  # what a client that knows this password would answer
+Path = str | os.PathLike[str]
+Hook = Callable[[Any, str, str], str | None]  # session, verb, argument; returns a reply or None
+
+# Seconds that pass whatever is done to the clock: tests that freeze time patch time.monotonic.
+clock: Callable[[], float] = (
+    functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+    if hasattr(time, "clock_gettime")
+    else functools.partial(time.monotonic)
+)
 
 
 class Disconnect(Exception):
-    """The session ends: the client left, or we end it; `reply` is said first when given."""
+    """The session ends: the client left, or we end it.  `reply` is sent first when given."""
 
     def __init__(self, why: str = "hung up", reply: str | None = None):
         super().__init__(why)
@@ -62,19 +94,35 @@ class Disconnect(Exception):
 
 
 class Quit(Disconnect):
-    """The client has said good bye: nothing more is expected of it."""
+    """The client has said QUIT: it will send nothing more."""
+
+
+class ClientTimeout(Exception):
+    """The client did not send what it should in time; a TimeoutError would be the disk's."""
 
 
 class Refused(Exception):
-    """What we will not do; its text is the reply."""
+    """A command is refused; the text is the reply."""
+
+
+class HookError(Exception):
+    """The embedding program's hook has failed, or has returned something that is not a reply."""
 
 
 # ---------------------------------------------------------------- pure helpers
 
 
 def printable(text: str) -> str:
-    """Return `text` with everything that could break a log line or a terminal escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return `text` with everything escaped that could break a log line or a terminal."""
+    return text if text.isprintable() else "".join(map(escaped, text))
+
+
+def escaped(char: str) -> str:
+    if char.isprintable():
+        return char
+    if "\udc80" <= char <= "\udcff":  # an octet that is not UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return ascii(char)[1:-1]
 
 
 def is_loopback(host: str) -> bool:
@@ -88,59 +136,60 @@ def show_address(host: str, port: int) -> str:
 
 
 def is_host_name(name: str) -> bool:
-    """Say whether a name can stand in a greeting, a header and a file name; an address in brackets can, too."""
-    return 0 < len(name) <= 255 and all(c.isascii() and (c.isalnum() or c in ".-_[]:") for c in name)
+    """Say whether a name can stand in a greeting, a header and a file name."""
+    allowed = all(c.isascii() and (c.isalnum() or c in ".-_[]:") for c in name)
+    return 0 < len(name) <= 255 and allowed
 
 
-def set_timeout(sock, seconds: float) -> None:
+def timestamp(seconds: float) -> str:
+    """Return a time as log and trace show it."""
+    return f"{date_and_time(int(seconds))}.{int(seconds % 1 * 1000):03d}"
+
+
+@functools.lru_cache(maxsize=1)
+def date_and_time(second: int) -> str:
+    """Format a whole second.  Cached, since many lines are written within one."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+def set_timeout(sock: socket.socket, seconds: float) -> None:
     """Let every wait on a socket end after `seconds`, with TimeoutError or BlockingIOError.
 
-    Where the kernel can keep the time, a read is one system call; with settimeout() it is a poll and a read, and each
-    lets another thread take the interpreter (some 15 % of the rate with ten clients).  TLS needs the poll, and so do
-    sockets that come to us with a timeout, such as smtplib's.
+    On 64-bit Linux SO_RCVTIMEO makes a timed read one system call; settimeout() needs poll() and
+    recv(), and releases the GIL twice (15 % slower with ten clients).  TLS, and sockets that have a
+    Python timeout already, use settimeout().
     """
     if KERNEL_TIMEOUT and sock.gettimeout() is None:
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-    else:
-        sock.settimeout(seconds)
+        with contextlib.suppress(PermissionError):  # sandboxes refuse options that they don't know
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+            return
+    sock.settimeout(seconds)
 
 
-def split_address(text: str, default: int) -> tuple[str, int]:
-    """Read `host`, `host:port` or `[address]:port`; raise ValueError when it is none of them."""
-    host, colon, port = text, "", ""
-    if text.startswith("["):
-        host, bracket, port = text[1:].partition("]")
-        if not bracket or (port and not port.startswith(":")):
-            raise ValueError(f"{text!r} is not [address]:port")
-        colon, port = port[:1], port[1:]
-    elif text.count(":") < 2:
-        host, colon, port = text.partition(":")
-    if not host or (colon and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536)):
-        raise ValueError(f"{text!r} is not host or host:port")
-    return host, int(port) if colon else default
-
-
-def dot_stuff(blocks, line_start=True):
-    """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3); takes and yields blocks of CRLF lines."""
+def dot_stuff(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Double the dot at each line's start (RFC 5321 4.5.2, RFC 1939 3) in blocks of CRLF lines."""
+    line_start = True
     for block in blocks:
         if line_start and block.startswith(b"."):
             yield b"."
         line_start = block.endswith(b"\n")
-        yield block if block.rfind(b"\n.") < 0 else block.replace(b"\n.", b"\n..")  # rfind() is the fastest look
+        # rfind() is the fastest way to see that a block has no such line.
+        yield block if block.rfind(b"\n.") < 0 else block.replace(b"\n.", b"\n..")
 
 
 def dot_unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
-    """Undo dot-stuffing in a piece of a DATA section that begins with the CRLF before its first line.
+    """Undo dot-stuffing in a piece of a DATA section that begins with the CRLF before a line.
 
-    Returns (content, rest, ended).  Until the end of data has come, put `rest` before the next piece; then it is what
-    the client sent behind it.  Only CRLF.CRLF ends data: a server that takes less can be made to see commands in a
-    message.
+    Returns (content, rest, ended).  Until the end of data has come, put `rest` before the next
+    piece; then it is what the client sent behind it.  Only CRLF.CRLF ends data: a server that takes
+    less can be made to see commands in a message (SMTP smuggling).
     """
     end = data.find(END_OF_DATA)
     if end >= 0:
-        return data[: end + 2].replace(b"\r\n.", b"\r\n"), data[end + len(END_OF_DATA) :], True
+        content = data[: end + 2].replace(b"\r\n.", b"\r\n")
+        return content, data[end + len(END_OF_DATA) :], True
     # The piece may end inside the end of data: hold back what could be its beginning.
     held = next((n for n in (4, 3, 2, 1) if data.endswith(END_OF_DATA[:n])), 0)
     cut = len(data) - held
@@ -153,27 +202,28 @@ def dot_unstuff(data: bytes) -> tuple[bytes, bytes, bool]:
 class LineReader:
     """What a client sends, by lines and by blocks, each with a limit and a deadline.
 
-    `before_waiting` is called whenever reading is about to wait, and only then: replies that it flushes answer a
-    pipelined batch in one packet (RFC 2920 3.2).  Reading raises TimeoutError when the time is over and Disconnect
-    when the client is gone.
+    `before_waiting` is called whenever reading is about to wait, and only then: replies that it
+    flushes answer a pipelined batch in one packet (RFC 2920 3.2).  Reading raises ClientTimeout
+    when the time is over, and Disconnect when the client is gone.
     """
 
-    def __init__(self, sock, before_waiting):
-        self.sock, self.before_waiting = sock, before_waiting
-        self.buffer = bytearray()
-        self.seconds = None
+    def __init__(self, sock: socket.socket, before_waiting: Callable[[], None]):
+        self.sock = sock
+        self.before_waiting = before_waiting
+        self.buffer = bytearray()  # what has arrived and was not read yet
+        self.seconds = 0.0  # the timeout that the socket has now
 
     def receive(self, seconds: float, size: int) -> bytes:
-        """Return what arrives next, up to `size` octets, whatever the buffer holds; wait `seconds` for it at most."""
+        """Return up to `size` octets that arrive next, not those in the buffer."""
         self.before_waiting()
         if seconds <= 0:
-            raise TimeoutError
+            raise ClientTimeout
         if seconds != self.seconds:
             self.limit(seconds)
         try:
             block = self.sock.recv(size)
         except (TimeoutError, BlockingIOError):
-            raise TimeoutError from None
+            raise ClientTimeout from None
         except OSError as error:
             raise Disconnect(f"lost: {error.strerror or error}") from None
         if not block:
@@ -186,16 +236,21 @@ class LineReader:
         self.seconds = seconds
 
     def readline(self, limit: int, seconds: float) -> bytes:
-        """Return the next line with its LF, or the first `limit` octets of it; all of it must arrive in `seconds`."""
-        deadline, seen = time.monotonic() + seconds, 0
+        """Return the next line with its LF, or its first `limit` octets.
+
+        All of it must arrive within `seconds`.
+        """
+        deadline, seen = clock() + seconds, 0
         if not self.buffer:
             block = self.receive(seconds, min(limit, MAX_LINE))
-            if block.find(b"\n") == len(block) - 1:  # a line and no more, as from all who wait for their answer
+            if (
+                block.find(b"\n") == len(block) - 1
+            ):  # one line, from a client that does not pipeline
                 return block
             self.buffer += block
         while (end := self.buffer.find(b"\n", seen, limit)) < 0 and len(self.buffer) < limit:
             seen = len(self.buffer)
-            self.buffer += self.receive(deadline - time.monotonic(), MAX_LINE)
+            self.buffer += self.receive(deadline - clock(), MAX_LINE)
         return self.take(end + 1 if end >= 0 else limit)
 
     def take(self, size: int) -> bytes:
@@ -204,13 +259,13 @@ class LineReader:
         del self.buffer[:size]
         return taken
 
-    def blocks(self, seconds: float, size: int):
-        """Yield what arrives in blocks of up to `size` octets, for as long as the caller wants more.
+    def blocks(self, seconds: float, size: int) -> Iterator[bytes]:
+        """Yield what arrives in blocks of up to `size` octets, while the caller wants more.
 
-        A line, or `size` octets without one, must arrive within `seconds`: a client that sends an octet a minute does
-        not hold the session for longer than one that sends nothing.
+        A line, or `size` octets without one, must arrive within `seconds`: a client that sends an
+        octet a minute holds the session no longer than one that sends nothing.
         """
-        deadline, since, ahead = time.monotonic() + seconds, 0, FIRST_BLOCK
+        deadline, since, ahead = clock() + seconds, 0, FIRST_BLOCK
         left = seconds
         while True:
             block = self.take(size) if self.buffer else self.receive(left, ahead)
@@ -218,15 +273,16 @@ class LineReader:
             if len(block) == ahead:
                 ahead = size
             if since >= size or b"\n" in block:
-                deadline, since, left = time.monotonic() + seconds, 0, seconds
+                deadline, since, left = clock() + seconds, 0, seconds
             else:
-                left = deadline - time.monotonic()
+                left = deadline - clock()
             yield block
+            del block  # the next one may be long in coming
 
     def skip_line(self, seconds: float) -> None:
         """Read on to the end of a line that is too long, and forget it."""
-        deadline = time.monotonic() + seconds
-        while not self.readline(MAX_LINE, deadline - time.monotonic()).endswith(b"\n"):
+        deadline = clock() + seconds
+        while not self.readline(MAX_LINE, deadline - clock()).endswith(b"\n"):
             pass
 
 
@@ -236,107 +292,157 @@ class LineReader:
 class LineHandler(socketserver.BaseRequestHandler):
     """One session, from the greeting to the close; a protocol fills in the words.
 
-    A command is a function of handler and argument that returns its reply: a line, a list of lines, or None when it
-    has answered.  A subclass also has a method `greeting` and may refine `allow` and `store_failed`.
+    A command is a function of handler and argument that returns its `Reply`.  A subclass has a
+    method `greeting` and may refine `check_command`, `store_failed` and `release`.
 
-    Attributes: `peer` (host, port), `helo` (the name the client gave), `user` (the account that logged in, or None),
-    `tls` (whether the session is encrypted), `envelope` (of the message that is under way, or None), `bare_lf` (whether
-    the first line ended in LF alone; None before it).
+    Attributes: `peer` (host, port), `helo` (the name the client gave), `user` (the account that
+    logged in, or None), `tls` (whether the session is encrypted), `bare_lf` (whether the first line
+    ended in LF alone; None before it).
     """
 
-    protocol: str  # its name
-    commands: dict  # verb to function
-    replies: dict  # what is said in the situations that this class meets
-    error: str  # how a refusal begins
-    challenge: str  # how a login asks
-    verbatim = frozenset()  # verbs whose argument keeps its spaces
-    secret: dict  # verbs whose argument the trace masks, and how many words of it may be shown
-    numbers = itertools.count(1)
+    protocol: str  # its name, in log and trace
+    commands: Mapping[str, Callable[[Any, str], Reply]]  # by verb
+    replies: Mapping[str, Any]  # what is said in the situations that this class meets
+    error_prefix: str  # how a refusal begins
+    reply_pattern: re.Pattern[str]  # what a reply looks like
+    keep_spaces: frozenset[str] = frozenset()  # verbs whose argument keeps its spaces
+    masked_after: Mapping[str, int]  # verbs with a secret: how many words the trace may show
+    numbers = itertools.count(1)  # of sessions
 
-    def setup(self):
+    server: "LineServer"
+    request: socket.socket
+
+    def setup(self) -> None:
         self.number = next(self.numbers)
-        self.peer = self.client_address[:2]
-        self.helo, self.user, self.tls, self.envelope = "", None, False, None
-        self.pending, self.pending_size = [], 0
-        self.errors = self.failed_logins = 0
-        self.bare_lf = None
+        self.peer: tuple[str, int] = self.client_address[:2]
+        self.helo = ""
+        self.user: str | None = None
+        self.tls = False
+        self.bare_lf: bool | None = None
+        self.pending: list[bytes] = []  # replies that are not sent yet
+        self.pending_size = 0  # their octets
+        self.errors = 0  # in a row
+        self.mask_unknown = False  # a refused login's answers may still come
         self.reader = LineReader(self.request, self.flush)
         self.thread = threading.current_thread()
         self.server.sessions.add(self)
 
-    def handle(self):
-        """Converse until somebody ends it; the four ways it can end each have their own last words."""
+    def greeting(self) -> str:
+        """Return the first line of the dialogue."""
+        raise NotImplementedError
+
+    def handle(self) -> None:
+        """Converse until somebody ends it; each of the four ways to end has its own last reply."""
         why, farewell, linger = "the server stops", self.replies["stopping"], True
         try:
             self.converse()
         except Disconnect as end:
             if end.reply or not self.server.stopping.is_set():
                 why, farewell = str(end), end.reply
-            linger = bool(farewell) and (self.reader.buffer or not isinstance(end, Quit))
-        except TimeoutError:
+            linger = bool(farewell) and bool(self.reader.buffer or not isinstance(end, Quit))
+        except ClientTimeout:
             why, farewell = "timed out", self.replies["timeout"]
-        except Exception:
-            why, farewell = "a bug", self.replies["bug"]
-            self.log_error("a bug", traceback=True)
+        except BaseException:  # a hook may raise anything, pytest.fail() and sys.exit() included
+            why, farewell = "internal error", self.replies["internal error"]
+            self.log_error("internal error", traceback=True)
+        self.release()
         self.say_goodbye(farewell, linger)
         self.log("closed: %s", why)
 
-    def converse(self):
+    def converse(self) -> None:
         self.log("connected from %s", show_address(*self.peer))
         if self.server.stopping.is_set():  # it came too late for begin_stop()
             raise Disconnect
         if self.server.implicit_tls:
             self.start_tls()
-        self.reply(self.intercepted("CONNECT", "") or self.greeting())
+        self.reply(self.hook_reply("CONNECT", "") or self.greeting())
         while self.errors < MAX_ERRORS:
-            self.reply(self.step())
+            self.reply(self.serve_command())
         raise Disconnect("too many errors", self.replies["errors"])
 
-    def step(self):
+    def serve_command(self) -> Reply:
         """Read one command and return its reply."""
-        verb = "?"
+        verb, reply = "?", None
         try:
-            verb, _, argument = self.readline().partition(" ")
-            verb = verb.rstrip("\t").upper()
-            if verb not in self.verbatim:
-                argument = argument.strip(" \t")
-            reply = self.intercepted(verb, argument) if self.server.intercept else None
-            if reply is None:
-                if verb in HTTP:  # any web page can make a browser send our commands behind a POST
-                    raise Disconnect("speaks HTTP", self.replies["unknown"])
-                self.allow(verb, argument)
-                if verb not in self.commands:
-                    raise Refused(self.replies["unknown"])
-                reply = self.commands[verb](self, argument)
+            verb, argument = self.read_command()
+            reply = self.dispatch(verb, argument)
         except Refused as refusal:
             reply = str(refusal)
-        except TimeoutError:
-            raise
-        except OSError as error:  # sockets raise Disconnect, so this is the disk
-            reply = self.store_failed(verb if verb in self.commands else "?", error)
-        if not isinstance(reply, str) or not reply.startswith(self.error):
-            self.errors = 0
-        else:
-            self.errors += 1
-            self.log("refused %s: %s", verb if verb in self.commands else "what is no command", reply)
+        except OSError as error:  # sockets raise Disconnect, hooks HookError: this is the disk
+            reply = self.store_failed(verb, error)
+        self.count_error(verb, reply)
         return reply
 
-    def allow(self, verb: str, argument: str) -> None:
-        """Look at each command first; a protocol whose rules forbid it here and now raises Refused."""
+    def read_command(self) -> tuple[str, str]:
+        """Return verb and argument of the next command; verbs are case-insensitive in ASCII."""
+        verb, _, argument = self.readline().partition(" ")
+        verb = verb.rstrip("\t")
+        if verb.isascii():
+            verb = verb.upper()
+        return verb, argument if verb in self.keep_spaces else argument.strip(" \t")
 
-    def intercepted(self, verb: str, argument: str) -> str | None:
-        """Return what the embedding program's hook answers in our place, if it wants to."""
-        return self.server.intercept(self, verb, argument) if self.server.intercept else None
+    def dispatch(self, verb: str, argument: str) -> Reply:
+        """Return the reply to a command: the hook's, if it wants to answer, else the command's."""
+        if self.server.intercept and verb not in ("CONNECT", "."):  # the hook's own steps
+            reply = self.hook_reply(verb, argument)
+            if reply is not None:
+                return reply
+        if verb in HTTP_VERBS or " HTTP/" in argument:
+            # Any web page can make a browser send our commands behind a POST.
+            raise Disconnect("speaks HTTP", self.replies["http"])
+        self.check_command(verb, argument)
+        if verb not in self.commands:
+            raise Refused(self.replies["unknown"])
+        return self.commands[verb](self, argument)
+
+    def check_command(self, verb: str, argument: str) -> None:
+        """Look at each command first; a protocol that forbids it here and now raises Refused."""
+
+    def count_error(self, verb: str, reply: Reply) -> None:
+        """Count errors in a row, and log a refusal; the trace shows it anyway."""
+        if not isinstance(reply, str) or not reply.startswith(self.error_prefix):
+            self.errors = 0
+            return
+        self.errors += 1
+        self.mask_unknown = self.mask_unknown or verb in self.masked_after
+        if not self.server.trace:
+            what = verb if verb in self.commands else "an unknown command"
+            self.log("refused %s: %s", what, reply)
+
+    def hook_reply(self, verb: str, argument: str) -> str | None:
+        """Return what the embedding program's hook answers in our place, or None.
+
+        Raises HookError when it fails, or returns something that is not a reply.
+        """
+        if not self.server.intercept:
+            return None
+        try:
+            reply = self.server.intercept(self, verb, argument)
+            if reply is not None and not self.reply_pattern.fullmatch(reply):
+                raise ValueError(
+                    f"intercept returned {reply!r}, which is not a {self.protocol} reply"
+                )
+        except (Disconnect, Refused, ClientTimeout):
+            raise
+        except BaseException as error:
+            raise HookError(f"intercept, at {printable(verb)}") from error
+        return reply
 
     def store_failed(self, what: str, error: OSError) -> str:
         """Log what the disk did to a command or message; return the reply."""
         self.log_error("%s: %s", what, error)
-        return self.replies["disk"]
+        return str(self.replies["disk"])
+
+    def release(self) -> None:
+        """Give back what the session holds, before the last reply is sent; called at least once."""
 
     # ---- lines in and out
 
     def readline(self, limit: int = MAX_LINE, secret: bool = False) -> str:
-        """Return the next line without its end; a longer one than `limit` octets is read to its end and refused."""
+        """Return the next line without its end.
+
+        One that is longer than `limit` octets is read to its end; then Refused is raised.
+        """
         line = self.reader.readline(limit, self.server.timeout)
         bare_lf = not line.endswith(b"\r\n")
         if bare_lf and not line.endswith(b"\n"):
@@ -353,10 +459,17 @@ class LineHandler(socketserver.BaseRequestHandler):
     def masked(self, line: str) -> str:
         """Return a command line as the trace may show it."""
         words = line.split()
-        shown = self.secret.get(words[0].upper()) if words else None
-        return line if shown is None else " ".join(words[: shown + 1] + ["****"] * (len(words) > shown + 1))
+        verb = words[0].upper() if words else ""
+        if verb in self.commands or verb in self.masked_after:
+            self.mask_unknown = False
+        if self.mask_unknown:
+            return "****"
+        shown = self.masked_after.get(verb)
+        if shown is None:
+            return line
+        return " ".join(words[: shown + 1] + ["****"] * (len(words) > shown + 1))
 
-    def reply(self, reply) -> None:
+    def reply(self, reply: Reply) -> None:
         """Queue a reply; it is sent when the session is about to wait."""
         if reply is None:
             return
@@ -364,7 +477,7 @@ class LineHandler(socketserver.BaseRequestHandler):
             for line in [reply] if isinstance(reply, str) else reply:
                 self.trace("S", line)
         text = f"{reply}\r\n" if isinstance(reply, str) else "\r\n".join([*reply, ""])
-        self.write(text.encode("utf-8", "replace"))
+        self.write(text.encode("ascii", "backslashreplace"))
 
     def write(self, data: bytes) -> None:
         """Queue octets as they are; what is waiting is sent when it grows large."""
@@ -374,22 +487,23 @@ class LineHandler(socketserver.BaseRequestHandler):
             self.flush()
 
     def flush(self, seconds: float | None = None) -> None:
-        """Send what is waiting; raise Disconnect when the client can't be reached or does not read.
+        """Send what is queued; raise Disconnect when the client is gone or does not read.
 
-        A client that reads an octet a minute does not hold the session: what is sent at once has a deadline as a whole.
+        All of it has one deadline, so a client that reads an octet a minute does not hold the
+        session.
         """
         if not self.pending:
             return
         data = self.pending[0] if len(self.pending) == 1 else b"".join(self.pending)
         self.pending, self.pending_size = [], 0
         seconds = seconds or self.server.timeout
-        deadline = time.monotonic() + seconds
+        deadline = clock() + seconds
         try:
             if seconds != self.reader.seconds:
                 self.reader.limit(seconds)
             sent = self.request.send(data)
-            while sent < len(data):  # a TLS record has been sent, or the client has not read for a while
-                if time.monotonic() > deadline:
+            while sent < len(data):  # a TLS record was sent, or the client has not read for a while
+                if clock() > deadline:
                     raise Disconnect("does not read")
                 sent += self.request.send(memoryview(data)[sent:])
         except (TimeoutError, BlockingIOError):
@@ -398,67 +512,119 @@ class LineHandler(socketserver.BaseRequestHandler):
             raise Disconnect(f"lost: {error.strerror or error}") from None
 
     def say_goodbye(self, farewell: str | None, linger: bool) -> None:
-        """Send the last words, if any; with `linger` see that a client which still sends can read them."""
+        """Send the last reply, if any; with `linger` let a client that still sends read it."""
         try:
             self.reply(farewell)
-            self.flush(LINGER if linger else None)
+            self.flush(LINGER_TIMEOUT if linger else None)
             if self.tls:
                 self.request.setblocking(False)
                 with contextlib.suppress(OSError):
-                    self.request.unwrap()  # sends close_notify; its answer is not waited for
+                    self.request.unwrap()  # type: ignore[attr-defined]  # sends close_notify
             if linger:
                 self.linger()
         except (OSError, Disconnect, ValueError):
-            pass  # whoever is gone can't be told
+            pass  # the client is gone
 
     def linger(self) -> None:
-        """Close our half and read on for a moment: closing on unread input would take back what we have just said.
+        """Shut down sending and read on for a moment.
 
-        On the bare socket, since TLS, if there was any, has ended.
+        Closing a socket that has unread input resets the connection, and the client might never see
+        our last reply.  This works on the bare socket, since TLS, if there was any, has ended.
         """
         socket.socket.shutdown(self.request, socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER
-        while (left := deadline - time.monotonic()) > 0 and not self.server.stopping.is_set():
+        deadline = clock() + LINGER_TIMEOUT
+        while (left := deadline - clock()) > 0 and not self.server.stopping.is_set():
             set_timeout(self.request, left)
             if not socket.socket.recv(self.request, SEND_BLOCK):
                 return
 
-    def finish(self):
+    def finish(self) -> None:
+        self.release()
         self.server.sessions.discard(self)
         self.request.close()
-        self.reader = None  # it refers back to us, and memory must not wait for the collector of such circles
+        del self.reader  # breaks the cycle handler-reader, so that memory is freed now
 
     # ---- TLS
 
     def start_tls(self) -> None:
-        """Encrypt the session; what was said before does not count (RFC 3207 4.2, RFC 2595 4).
+        """Encrypt the session; nothing said before counts (RFC 3207 4.2, RFC 2595 4).
 
-        Whoever has sent something in clear behind the command that asks for TLS is hung up on.  The handshake runs in
-        the session's own thread, under a deadline, so that a silent client holds up nobody.
+        A client that has sent something in clear behind the command that asks for TLS is hung up
+        on.  The handshake runs in the session's own thread, under a deadline, so that a silent
+        client holds up nobody else.
         """
         if self.reader.buffer:
             raise Disconnect("sent commands in clear behind the one that starts TLS")
+        assert self.server.tls
         self.flush()
         try:
-            self.request.settimeout(min(HANDSHAKE, self.server.timeout))
-            self.request = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
-            self.request.do_handshake()
+            self.request.settimeout(min(HANDSHAKE_TIMEOUT, self.server.timeout))
+            tls = self.server.tls.wrap_socket(
+                self.request, server_side=True, do_handshake_on_connect=False
+            )
+            self.request = tls
+            tls.do_handshake()
         except OSError as error:
             raise Disconnect(f"TLS: {error.strerror or error}") from None
-        self.reader = LineReader(self.request, self.flush)
+        self.reader = LineReader(tls, self.flush)
         self.helo, self.user, self.tls, self.bare_lf = "", None, True, None
-        self.log("TLS: %s %s", self.request.version(), self.request.cipher()[0])
+        self.log("TLS: %s %s", tls.version(), (tls.cipher() or ["unknown"])[0])
 
-    # ---- logging in
+    # ---- log and trace
 
-    def may_log_in_here(self) -> bool:
+    def log(self, text: str, *values: object) -> None:
+        """Log one fact about this session."""
+        self.server.log(f"{self.protocol} {self.number} {text}", *values)
+
+    def log_error(self, text: str, *values: object, traceback: bool = False) -> None:
+        """Log what should not have happened."""
+        line = f"{self.protocol} {self.number} {text}"
+        self.server.logger.error(line, *values, exc_info=traceback)
+
+    def trace(self, direction: str, text: str) -> None:
+        """Show one line of the dialogue, if there is a trace."""
+        if self.server.trace:
+            self.server.trace.line(self.protocol, self.number, direction, text)
+
+    def trace_data(self, direction: str) -> "DataTrace | None":
+        """Return what shows a message's data as it passes, if there is a trace."""
+        return DataTrace(self, direction) if self.server.trace else None
+
+
+# ---------------------------------------------------------------- logging in
+
+
+class Accounts(Protocol):
+    """What a LoginHandler asks of the accounts (store.Users)."""
+
+    def login_address(self, name: str) -> str | None: ...
+    def check_password(self, name: str, password: bytes, turn: Turn) -> str | None: ...
+    def check_digest(self, name: str, answer: Answer, digest: str) -> str | None: ...
+
+
+class LoginHandler(LineHandler):
+    """A session in which one can log in: by SASL (RFC 4422), or by a protocol's own commands."""
+
+    challenge_format: str  # how a login asks
+
+    @property
+    def users(self) -> Accounts:
+        """The accounts there are now."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        super().setup()
+        self.failed_logins = 0
+
+    def may_log_in(self) -> bool:
         """Say whether a password may cross this connection."""
         if self.tls:
             return True
-        return not self.server.require_tls and (is_loopback(self.peer[0]) or self.server.tls is None)
+        in_clear = is_loopback(self.peer[0]) or self.server.tls is None
+        return in_clear and not self.server.require_tls
 
     def sasl(self, mechanism: str, initial: str | None) -> str:
-        """Carry out one SASL exchange (RFC 4422) and return the account's address; raise Refused."""
+        """Carry out one SASL exchange and return the account's address; raise Refused."""
         exchange = self.mechanisms.get(mechanism.upper())
         if exchange is None:
             raise Refused(self.replies["mechanism"])
@@ -466,7 +632,8 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def ask(self, question: bytes) -> bytes:
         """Send a challenge and return the decoded answer; `*` cancels."""
-        self.reply(self.challenge.format(binascii.b2a_base64(question, newline=False).decode()))
+        challenge = binascii.b2a_base64(question, newline=False).decode()
+        self.reply(self.challenge_format.format(challenge))
         answer = self.readline(MAX_SASL_LINE, secret=True)
         if answer == "*":
             raise Refused(self.replies["cancelled"])
@@ -479,208 +646,291 @@ class LineHandler(socketserver.BaseRequestHandler):
         except ValueError:
             raise Refused(self.replies["base64"]) from None
 
-    def opening(self, initial: str | None, question: bytes) -> bytes:
-        """Return the client's first answer: the initial response (`=` is an empty one, RFC 4954 4), or ask for it."""
+    def initial_response(self, initial: str | None, question: bytes) -> bytes:
+        """Return the client's first answer, or ask for it; `=` is an empty one (RFC 4954 4)."""
         if initial is None:
             return self.ask(question)
         return b"" if initial == "=" else self.decode(initial)
 
-    def sasl_plain(self, initial):
-        identity, *rest = self.opening(initial, b"").split(b"\0")
+    def sasl_plain(self, initial: str | None) -> str:
+        identity, *rest = self.initial_response(initial, b"").split(b"\0")
         if len(rest) != 2:
             raise Refused(self.replies["plain"])
-        users, name = self.server.store.users, rest[0].decode("utf-8", "replace")
-        other = identity and users.login_address(identity.decode("utf-8", "replace")) != users.login_address(name)
+        name, other = rest[0].decode("utf-8", "replace"), identity.decode("utf-8", "replace")
+        same = not other or self.users.login_address(other) == self.users.login_address(name)
 
         def check() -> str | None:
-            found = users.check_password(name, rest[1])  # in any case: the time that it takes must not tell names
-            return None if other else found
+            # Always check: the time taken must not reveal whether the name exists.
+            found = self.check_password(name, rest[1])
+            return found if same else None
 
         return self.log_in(name, check)
 
-    def sasl_login(self, initial):
-        name = self.opening(initial, b"Username:").decode("utf-8", "replace")
+    def sasl_login(self, initial: str | None) -> str:
+        name = self.initial_response(initial, b"Username:").decode("utf-8", "replace")
         password = self.ask(b"Password:")
-        return self.log_in(name, lambda: self.server.store.users.check_password(name, password))
+        return self.log_in(name, lambda: self.check_password(name, password))
 
-    def sasl_cram_md5(self, initial):
+    def sasl_cram_md5(self, initial: str | None) -> str:
         if initial is not None:
             raise Refused(self.replies["initial"])
-        challenge = f"<{time.monotonic_ns()}.{os.urandom(8).hex()}@{self.server.hostname}>".encode()
+        nonce = f"{time.monotonic_ns()}.{os.urandom(8).hex()}"
+        challenge = f"<{nonce}@{self.server.hostname}>".encode()
         name, _, digest = self.ask(challenge).decode("utf-8", "replace").rpartition(" ")
         import hmac
 
         def answer(password: bytes) -> str:
             return hmac.new(password, challenge, "md5").hexdigest()
 
-        return self.log_in(name, lambda: self.server.store.users.check_digest(name, answer, digest))
+        return self.log_in(name, lambda: self.users.check_digest(name, answer, digest))
 
-    mechanisms = {"LOGIN": sasl_login, "PLAIN": sasl_plain, "CRAM-MD5": sasl_cram_md5}
+    mechanisms: Mapping[str, Callable[[Any, str | None], str]] = {
+        "LOGIN": sasl_login,
+        "PLAIN": sasl_plain,
+        "CRAM-MD5": sasl_cram_md5,
+    }
 
-    def log_in(self, name: str, check) -> str:
-        """Return the account that `check()` finds, or delay and refuse; after too many failures hang up."""
-        guesses, host = self.server.guesses, self.peer[0]
-        if guesses.exhausted(host):
-            raise Disconnect("too many failed logins from this address", self.replies["logins"])
-        address = check()
+    def check_password(self, name: str, password: bytes) -> str | None:
+        """Return the account that name and password open; a hash waits for its turn."""
+        turn = functools.partial(hashing.turn, self.peer[0])
+        return self.users.check_password(name, password, turn)
+
+    def log_in(self, name: str, check: Callable[[], str | None]) -> str:
+        """Return the account that `check()` finds; else delay and raise Refused.
+
+        After too many failures in the session raise Disconnect.  A client address that has failed
+        too often at this account is refused without a check.
+        """
+        throttle, host = self.server.throttle, self.peer[0]
+        account = self.users.login_address(name) or name[:100]
+        if seconds := throttle.begin(host, account):
+            return self.fail(name, str(self.replies["blocked"]).format(round(seconds) + 1))
+        try:
+            address = check()
+        except TooManyHashes:
+            throttle.take_back(host, account)
+            raise Refused(self.replies["login queue"]) from None
         if address:
-            guesses.forgive(host, address)
+            throttle.clear(host, account)
             self.log("logged in as %s", address)
             return address
+        self.server.stopping.wait(throttle.delay(host, account))
+        return self.fail(name, str(self.replies["wrong"]))
+
+    def fail(self, name: str, reply: str) -> NoReturn:
+        """Refuse a login with `reply`; after too many failures hang up."""
         self.failed_logins += 1
         self.log("failed login %d as %s", self.failed_logins, printable(name[:100]))
-        self.server.stopping.wait(guesses.failed(host, self.server.store.users.login_address(name)))
-        if self.failed_logins >= MAX_LOGINS:
-            self.reply(self.replies["wrong"])
-            raise Disconnect("too many failed logins", self.replies["logins"])
-        raise Refused(self.replies["wrong"])
-
-    # ---- log and trace
-
-    def log(self, text: str, *values) -> None:
-        """Log one fact about this session."""
-        self.server.log(f"{self.protocol} {self.number} {text}", *values)
-
-    def log_error(self, text: str, *values, traceback: bool = False) -> None:
-        """Log what should not have happened."""
-        self.server.logger.error(f"{self.protocol} {self.number} {text}", *values, exc_info=traceback)
-
-    def trace(self, direction: str, text: str) -> None:
-        """Show one line of the dialogue, if anybody watches."""
-        if self.server.trace:
-            self.server.trace.line(self.protocol, self.number, direction, text)
-
-    def trace_data(self, direction: str, head: bytes, octets: int) -> None:
-        """Show a message that passes by its first lines and its size."""
-        if self.server.trace:
-            lines = head[: Trace.DATA_OCTETS].decode("utf-8", "replace").splitlines()
-            for text in lines[: Trace.DATA_LINES]:
-                self.trace(direction, f"| {text}")
-            self.trace(direction, f"| ({octets} octets in all)")
+        if self.failed_logins < MAX_LOGINS:
+            raise Refused(reply)
+        self.reply(reply)
+        raise Disconnect("too many failed logins", self.replies["logins"])
 
 
-class Guesses:
-    """Failed logins by client address: each waits longer than the one before, and at last nobody listens."""
+class LoginThrottle:
+    """Failed logins by client address and account: each delays the next, and too many block.
+
+    Only that account is blocked, and only from that address, since many people may share either.
+    Failures are forgotten one by one.  A check that is under way counts as a failure, so guesses
+    at the same time gain nothing.  Loopback is exempt: tests and classes work there.
+    """
 
     def __init__(self, first_delay: float):
-        self.first_delay, self.lock, self.known = first_delay, threading.Lock(), {}
+        self.first_delay = first_delay
+        self.lock = threading.Lock()
+        self.failures: dict[tuple[str, str], collections.deque[float]] = {}  # times, oldest first
 
-    def failed(self, host: str, account: str | None) -> float:
-        """Count one more failure at an account, or at none; return the seconds that its answer has to wait."""
+    def begin(self, host: str, account: str) -> float:
+        """Count a check; return 0.0, or for how many seconds the account is still blocked."""
+        if is_loopback(host):
+            return 0.0
         with self.lock:
-            if len(self.known) > MAX_GUESSERS:
-                self.known.clear()
-            accounts = self.recent(host)
-            accounts[account] = accounts.get(account, 0) + 1
-            self.known[host] = accounts, time.monotonic()
-            count = sum(accounts.values())
-        return min(self.first_delay * 2 ** min(count - 1, 10), LONGEST_DELAY)
+            times = self.failures.pop((host, account), None) or collections.deque()
+            while times and clock() - times[0] > FAILURE_MEMORY:
+                times.popleft()
+            self.failures[host, account] = times  # as the last, so that the oldest go first
+            if len(times) >= MAX_FAILURES:
+                return times[0] + FAILURE_MEMORY - clock()
+            times.append(clock())
+            if len(self.failures) > MAX_REMEMBERED:
+                del self.failures[next(iter(self.failures))]
+        return 0.0
 
-    def recent(self, host: str) -> dict[str | None, int]:
-        """Return how often logins from an address have failed lately, by account."""
-        accounts, last = self.known.get(host, ({}, 0.0))
-        return accounts if time.monotonic() - last < GUESS_MEMORY else {}
+    def take_back(self, host: str, account: str) -> None:
+        """Don't count the last check: it was not carried out."""
+        with self.lock:
+            if times := self.failures.get((host, account)):
+                times.pop()
 
-    def exhausted(self, host: str) -> bool:
-        """Say whether an address has guessed so often that it is not listened to for a while."""
-        return sum(list(self.recent(host).values())) >= MAX_GUESSES
+    def clear(self, host: str, account: str) -> None:
+        """Forget the failures before a good login."""
+        with self.lock:
+            self.failures.pop((host, account), None)
 
-    def forgive(self, host: str, account: str) -> None:
-        """Forget the failures of somebody who has logged in; what was tried at others stays counted."""
-        self.recent(host).pop(account, None)
+    def delay(self, host: str, account: str) -> float:
+        """Return for how many seconds the answer to a failed login has to wait."""
+        with self.lock:
+            count = len(self.failures.get((host, account), ()))
+        return min(self.first_delay * 2 ** min(count - 1, 10), MAX_DELAY) if count else 0.0
+
+
+class TooManyHashes(Exception):
+    """So many logins of one client address wait already that one more is not worth it."""
+
+
+class FairQueue:
+    """Lets a few callers work at once, and of each client address one: nobody waits for a crowd."""
+
+    def __init__(self, at_once: int):
+        self.slots = threading.Semaphore(at_once)
+        self.lock = threading.Lock()
+        self.addresses: dict[str, threading.Semaphore] = {}
+        self.waiting: collections.Counter[str] = collections.Counter()  # callers by address
+
+    @contextlib.contextmanager
+    def turn(self, host: str) -> Iterator[None]:
+        """Wait for a turn and hold it; raise TooManyHashes."""
+        with self.lock:
+            if self.waiting[host] >= MAX_WAITING_HASHES:
+                raise TooManyHashes
+            self.waiting[host] += 1
+            own = self.addresses.setdefault(host, threading.Semaphore(1))
+        try:
+            with own, self.slots:
+                yield
+        finally:
+            with self.lock:
+                self.waiting[host] -= 1
+                if not self.waiting[host]:
+                    del self.waiting[host], self.addresses[host]
+
+
+hashing = FairQueue(HASHES_AT_ONCE)
 
 
 # ---------------------------------------------------------------- one listener
 
 
 class LineServer(socketserver.ThreadingTCPServer):
-    """One listener and its sessions: `with` serves in threads and stops them within a deadline.
+    """One listener and its sessions.  `with` serves in threads, and stops them within a deadline.
 
-    Keywords, as the programs' options of these names: `hostname`, `tls_cert`, `tls_key`, `tls_self_signed`,
-    `require_tls`, `max_connections`, `timeout` (seconds), `trace` (True, or a Trace to share).  Besides: `implicit_tls`
-    (from the first octet), `max_per_address` (sessions of one client address; all but a tenth), and `intercept`, which
-    may answer a command in the server's place, see SMTPServer.
+    start() and stop() do the same without `with`.  The listener is open when the constructor
+    returns; a wrong option raises ValueError or TypeError there, a port in use OSError.
 
-    Attributes: `host` and `port` (where it listens), `store`, `hostname`, `sessions` (the handlers that are live).
-    The listener is open, and a bad option or a port in use has raised, when the constructor returns.
+    Attributes: `host` and `port` (where it listens), `hostname` (its name in greetings),
+    `sessions` (the handlers of the sessions that are open), `stopping` (an Event).
     """
 
     request_queue_size = 1024  # socketserver's 5 makes a burst of clients wait for seconds
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    default_timeout = 300
+    allow_reuse_address = os.name == "posix"  # on Windows two servers could share a port
+    default_timeout: float = 300
     login_delay = 0.25  # seconds before the first failed login is answered
 
     def __init__(
         self,
         address: tuple[str, int],
         handler: type[LineHandler],
-        store,
-        *,
-        hostname: str | None = None,
-        tls_cert: str | None = None,
-        tls_key: str | None = None,
-        tls_self_signed: bool = False,
-        implicit_tls: bool = False,
-        require_tls: bool = False,
-        max_connections: int = 1000,
-        max_per_address: int | None = None,
-        timeout: float | None = None,
-        trace: "bool | Trace" = False,
-        intercept=None,
+        hostname: str,
+        tls: "TLSOptions",
+        limits: "Limits",
+        trace: "bool | Trace",
+        intercept: Hook | None,
     ):
-        self.store, self.hostname = store, store.host if hostname is None else hostname
-        if not is_host_name(self.hostname):
-            raise ValueError(f"{self.hostname!a} is not a host name")
+        check_option("trace", trace, bool, Trace)
+        check_option("intercept", intercept, Callable, NoneType)
+        self.hostname = hostname
         self.logger = logging.getLogger(handler.protocol.lower())
         self.log = self.logger.info  # takes each fact about a session
-        if tls_self_signed:
-            tls_cert, tls_key = self_signed(store.folder, self.hostname)
-        self.tls = None if tls_cert is None else tls_context(tls_cert, tls_key)
-        if (implicit_tls or require_tls) and not self.tls:
-            raise ValueError("TLS needs a certificate")
-        self.implicit_tls, self.require_tls = implicit_tls, require_tls
-        self.max_connections, self.intercept = connection_limit(max_connections), intercept
-        self.max_per_address = max_per_address or max_connections - max_connections // 10
-        self.timeout = timeout or self.default_timeout
+        self.tls_options = tls
+        self.tls = tls.context()
+        self.implicit_tls = tls.implicit
+        self.require_tls = tls.required
+        self.limits = limits
+        self.timeout: float = limits.timeout or self.default_timeout  # seconds for a line to arrive
         self.trace = Trace() if trace is True else trace or None
-        self.sessions, self.by_address = set(), {}
-        self.guesses, self.stopping, self.lock = Guesses(self.login_delay), threading.Event(), threading.Lock()
-        self.threads, self.waiting, self.busy, self.shared = set(), 0, 0, False
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
-        self.host, self.port = self.server_address[:2]
+        self.intercept = intercept
+        self.sessions: set[LineHandler] = set()
+        self.throttle = LoginThrottle(self.login_delay)
+        self.stopping = threading.Event()
+        self.lock = threading.RLock()  # a signal handler may call stop() while we hold it
+        self.threads: set[threading.Thread] = set()
+        self.waiting = 0  # threads that wait for a connection
+        self.active = 0  # sessions
+        self.by_address: dict[str, int] = {}  # sessions of each client address
+        self.pid: int | None = None  # of the process that serves, once it does
+        self.shares_listener = False  # with other processes
+        self.open_listener(address, handler)
 
-    def server_bind(self):
-        if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        # Inherited by every connection: the last piece of a long answer must not wait for an acknowledgement.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def open_listener(self, address: tuple[str, int], handler: type[LineHandler]) -> None:
+        """Bind to an address of either family; raise OSError that names it."""
+        host, port = check_address(address)
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            # IPv4 first, so that "localhost" is where clients look for it.
+            family, _, _, _, sockaddr = min(found, key=lambda info: info[0] != socket.AF_INET)
+            self.address_family = family
+            super().__init__(sockaddr, handler)  # type: ignore[arg-type]
+        except OSError as error:
+            where = printable(show_address(host, port))
+            raise OSError(error.errno, error.strerror or str(error), where) from None
+        self.host: str = self.server_address[0]  # type: ignore[assignment]
+        self.port: int = self.server_address[1]
+
+    def server_bind(self) -> None:
+        with contextlib.suppress(OSError):  # neither is needed to serve
+            if self.address_family == socket.AF_INET6 and self.server_address[0] == "::":
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # Inherited by every connection: the last piece of a long answer must not wait for an
+            # acknowledgement.
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().server_bind()
 
     @property
     def name(self) -> str:
-        return self.RequestHandlerClass.protocol + "S" * self.implicit_tls
+        """What the listener is called: SMTP, SMTPS, POP3, POP3S."""
+        protocol: str = self.RequestHandlerClass.protocol  # type: ignore[attr-defined]
+        return protocol + "S" * self.implicit_tls
 
-    # ---- threads: whoever accepts a connection first sees that somebody waits for the next
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} on {show_address(self.host, self.port)}>"
+
+    def reload(self) -> None:
+        """Read the certificate again; raise OSError or ValueError, and keep the old one then."""
+        self.tls = self.tls_options.context()
+
+    # ---- threads: the one that accepts a connection starts another acceptor if none is left, then
+    # ---- serves the session
 
     def start(self) -> None:
-        """Begin to serve, in threads of our own."""
-        self.add_thread()
+        """Begin to serve, in threads of our own; RuntimeError when the server was stopped."""
+        if self.stopping.is_set():
+            raise RuntimeError(f"{self!r} was stopped; make a new server")
+        if self.pid is not None:
+            return
+        self.pid = os.getpid()
+        try:
+            self.add_acceptor()
+        except BaseException:  # never listen without serving
+            self.stop()
+            raise
 
-    def add_thread(self) -> None:
+    def add_acceptor(self) -> None:
+        """Start a thread that accepts; raise RuntimeError or MemoryError where there is none."""
+        name = f"{self.name} {self.port}"
+        thread = threading.Thread(target=self.serve_connections, daemon=True, name=name)
         with self.lock:
             self.waiting += 1
-        thread = threading.Thread(target=self.serve_connections, daemon=True, name=f"{self.name} {self.port}")
         self.threads.add(thread)
         try:
             thread.start()
-        except RuntimeError:  # no more threads to be had: those that serve will come back
+        except BaseException:
             self.threads.discard(thread)
             with self.lock:
                 self.waiting -= 1
+            raise
 
-    def serve_forever(self, poll_interval: float | None = None) -> None:
-        """Serve until another thread stops the server: the name that `socketserver` has for this; it polls nothing."""
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until another thread stops the server: socketserver's name; it polls nothing."""
         self.start()
         self.stopping.wait()
 
@@ -690,7 +940,8 @@ class LineServer(socketserver.ThreadingTCPServer):
             while not self.stopping.is_set():
                 try:
                     request, address = self.get_request()
-                except OSError:
+                except (OSError, MemoryError) as error:
+                    self.pause_after(error)
                     continue
                 self.process_request(request, address)
                 with self.lock:
@@ -700,160 +951,270 @@ class LineServer(socketserver.ThreadingTCPServer):
         finally:
             self.threads.discard(threading.current_thread())
 
-    def get_request(self):
-        """Accept a connection; out of descriptors, pause instead of spinning."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            if not self.stopping.is_set() and not isinstance(error, ConnectionAbortedError):
-                if error.errno in SHORTAGE:
-                    self.logger.warning("%s can't accept a connection: %s", self.name, error.strerror)
-                self.stopping.wait(0.1)
-            raise
+    def pause_after(self, error: Exception) -> None:
+        """Wait a moment after a failed accept(), so that a shortage does not make it spin."""
+        if self.stopping.is_set() or isinstance(error, ConnectionAbortedError):
+            return
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in SHORTAGE:
+            self.logger.warning("%s can't accept a connection: %s", self.name, error)
+        self.stopping.wait(SHORTAGE_PAUSE)
 
-    def process_request(self, request, client_address):
-        """Serve a connection, or turn it away when there are too many; see that another thread takes the next."""
+    def process_request(self, request: socket.socket, client_address: Any) -> None:  # type: ignore[override]
+        """Serve a connection, or turn it away; see that another thread takes the next."""
         host = client_address[0]
-        with self.lock:
-            self.waiting -= 1
-            alone = self.waiting == 0 and not self.stopping.is_set()
-            mine = self.by_address.get(host, 0)
-            welcome = self.busy < self.max_connections and mine < self.max_per_address
-            if welcome:
-                self.busy += 1
-                self.by_address[host] = mine + 1
-        if not welcome:
+        if not self.admit(host):
             return self.turn_away(request, client_address)
-        if alone:
-            self.add_thread()
         try:
             self.finish_request(request, client_address)
-        except Exception:
+        except BaseException:
             self.handle_error(request, client_address)
         finally:
             request.close()
             with self.lock:
-                self.busy -= 1
+                self.active -= 1
                 if self.by_address[host] == 1:
                     del self.by_address[host]
                 else:
                     self.by_address[host] -= 1
+        return None
 
-    def turn_away(self, request, client_address) -> None:
+    def admit(self, host: str) -> bool:
+        """Count a new session in, or return False when there are too many.
+
+        The calling thread no longer accepts; if it was the last to do so it starts another one.
+        """
+        with self.lock:
+            self.waiting -= 1
+            from_this_address = self.by_address.get(host, 0)
+            if not self.limits.allow(self.active, from_this_address, host):
+                return False
+            self.active += 1
+            self.by_address[host] = from_this_address + 1
+            nobody_accepts = self.waiting == 0 and not self.stopping.is_set()
+        if nobody_accepts:
+            try:
+                self.add_acceptor()
+            except (RuntimeError, MemoryError) as error:  # then this thread has to go on accepting
+                self.logger.warning("%s can't start a thread: %s", self.name, error)
+                with self.lock:
+                    self.active -= 1
+                    self.by_address[host] -= 1
+                return False
+        return True
+
+    def turn_away(self, request: socket.socket, client_address: Any) -> None:
         """Say that there are too many sessions, without spending a thread or a wait on it."""
-        self.logger.info("%s turned away %s: too many sessions", self.name, show_address(*client_address[:2]))
+        client = show_address(*client_address[:2])
+        self.logger.info("%s turned away %s: too many sessions", self.name, client)
         try:
             request.setblocking(False)
             if not self.implicit_tls:
-                request.send(self.RequestHandlerClass.replies["busy"].encode() + b"\r\n")
+                replies: Mapping[str, str] = self.RequestHandlerClass.replies  # type: ignore[attr-defined]
+                request.send(replies["busy"].encode() + b"\r\n")
             request.shutdown(socket.SHUT_WR)
         except OSError:
             pass
         request.close()
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: Any, client_address: Any) -> None:
         self.logger.exception("%s session of %s", self.name, show_address(*client_address[:2]))
 
     # ---- the end
 
     def begin_stop(self) -> None:
         """Stop accepting, and wake every session that waits for its client."""
+        if self.stopping.is_set() or self.is_copy():
+            return
         self.stopping.set()
-        if not self.shared:
+        if self.pid is not None and not self.shares_listener:
             self.wake_acceptors()
         for session in list(self.sessions):
             with contextlib.suppress(OSError, ValueError):
-                # Not the TLS socket's own shutdown(), which would drop the encryption under the session's feet.
+                # The TLS socket's own shutdown() would drop the encryption during the session.
                 socket.socket.shutdown(session.request, socket.SHUT_RD)
 
+    def is_copy(self) -> bool:
+        """Say whether this is a forked child's copy: the parent serves, and goes on."""
+        return self.pid is not None and self.pid != os.getpid()
+
     def wake_acceptors(self) -> None:
-        """Make every accept() return: Linux does when the listener is shut down, other systems want a connection."""
+        """Make every accept() return: Linux does when the listener is shut down.
+
+        Other systems want a connection.
+        """
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
             for _ in range(self.waiting):
-                try:
-                    socket.create_connection(self.server_address[:2], 1).close()
-                except OSError:
-                    break
+                with contextlib.suppress(OSError):
+                    socket.create_connection((host, self.port), 1).close()
 
-    def server_close(self, seconds: float = STOPPING) -> None:
-        """Stop; sessions that are storing something get `seconds` to finish."""
+    def stop(self, seconds: float = STOP_TIMEOUT) -> None:
+        """Stop and close; sessions that are storing something get `seconds` to finish.
+
+        A second call does nothing more.
+        """
         self.begin_stop()
-        deadline = time.monotonic() + seconds
-        # In a process that shares its listener the threads without a session go on waiting at it.
-        threads = {session.thread for session in list(self.sessions)} if self.shared else set(self.threads)
-        join(threads, deadline)
-        left = [session for session in list(self.sessions) if session.thread is not threading.current_thread()]
-        if left:  # such as those whose clients do not read what they have asked for
-            for session in left:
-                with contextlib.suppress(OSError, ValueError):
-                    socket.socket.shutdown(session.request, socket.SHUT_RDWR)
-            join([session.thread for session in left], time.monotonic() + LAST_WAIT)
+        if not self.is_copy():
+            deadline = clock() + seconds
+            # In a process that shares its listener, threads without a session go on waiting at it.
+            sessions = {session.thread for session in list(self.sessions)}
+            join(sessions if self.shares_listener else set(self.threads), deadline)
+            self.cut_sessions()
         super().server_close()
 
+    def cut_sessions(self) -> None:
+        """Cut the connections of sessions that do not end, such as of clients that do not read."""
+        here = threading.current_thread()
+        left = [session for session in list(self.sessions) if session.thread is not here]
+        for session in left:
+            with contextlib.suppress(OSError, ValueError):
+                socket.socket.shutdown(session.request, socket.SHUT_RDWR)
+        join([session.thread for session in left], clock() + CUT_TIMEOUT)
+
+    def server_close(self, seconds: float = STOP_TIMEOUT) -> None:
+        """The name that socketserver has for the end."""
+        self.stop(seconds)
+
     def shutdown(self) -> None:
-        """The name that `socketserver` has for stopping."""
-        self.server_close()
+        """The name that socketserver has for stopping."""
+        self.stop()
 
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server_close()
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
-def connection_limit(wanted: int) -> int:
-    """Return how many sessions may be open at once: `wanted`, or fewer where the system allows few descriptors."""
+def join(threads: Iterable[threading.Thread], deadline: float) -> None:
+    """Wait for threads until a time of our clock()."""
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(max(deadline - clock(), 0))
+
+
+# ---- the options: a mistake is an error at once, which names the keyword
+
+
+def check_option(name: str, value: object, *kinds: Any, least: float | None = None) -> None:
+    """Raise TypeError when an option is not of these kinds, ValueError when it is too small."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: {value!r} is not {wanted}")
+    if least is not None and isinstance(value, int | float) and not least <= value <= 10**15:
+        raise ValueError(f"{name}: {value!r} is not a number above 0")
+
+
+def check_address(address: object) -> tuple[str, int]:
+    """Return host and port; raise ValueError or TypeError."""
+    if not (isinstance(address, tuple) and len(address) == 2):
+        raise TypeError(f"address: {address!r} is not a tuple (host, port)")
+    host, port = address
+    check_option("address: host", host, str)
+    check_option("address: port", port, int)
+    if not 0 <= port < 65536:
+        raise ValueError(f"address: {port} is not a port, 0 to 65535")
+    if not host.isprintable():
+        raise ValueError(f"address: {printable(host)} is not a host")
+    return host.removeprefix("[").removesuffix("]") or "0.0.0.0", port
+
+
+def check_hostname(name: object) -> str:
+    """Return our own name; raise ValueError when it could not stand in a greeting and a header."""
+    if not (isinstance(name, str) and is_host_name(name)):
+        raise ValueError(f"hostname: {printable(str(name))} is not a host name")
+    return name
+
+
+class TLSOptions:
+    """The TLS options of a server, with the paths of certificate and key, which may be one file."""
+
+    def __init__(self, cert: Path | None, key: Path | None, implicit: bool, required: bool):
+        check_option("tls_cert", cert, str, os.PathLike, NoneType)
+        check_option("tls_key", key, str, os.PathLike, NoneType)
+        check_option("implicit_tls", implicit, bool)
+        check_option("require_tls", required, bool)
+        if cert is None and (key is not None or implicit or required):
+            raise ValueError("TLS needs a certificate: tls_cert and tls_key, or tls_self_signed")
+        self.cert = cert
+        self.key = cert if key is None else key
+        self.implicit = implicit  # from the first octet
+        self.required = required  # nothing else works in clear
+
+    def context(self) -> "ssl.SSLContext | None":
+        """Read the certificate, if there is one; raise OSError or ValueError."""
+        if self.cert is None or self.key is None:
+            return None
+        return tls_context(os.fspath(self.cert), os.fspath(self.key))
+
+
+class Limits:
+    """How many sessions a server may have, and how long (in seconds) it waits for a line."""
+
+    def __init__(self, connections: int, per_address: int | None, timeout: float | None):
+        check_option("max_connections", connections, int, least=1)
+        check_option("max_per_address", per_address, int, NoneType, least=1)
+        check_option("timeout", timeout, int, float, NoneType, least=0.001)
+        self.connections = min(connections, spare_descriptors())
+        self.per_address = per_address or connections - connections // 10
+        self.on_loopback = per_address or connections
+        self.timeout = timeout
+
+    def allow(self, active: int, from_this_address: int, host: str) -> bool:
+        """Say whether there is room for one more session of a client address."""
+        own_limit = self.on_loopback if is_loopback(host) else self.per_address
+        return active < self.connections and from_this_address < own_limit
+
+
+def spare_descriptors() -> int:
+    """Return how many descriptors this process may use for sessions."""
     try:
         import resource
     except ImportError:  # Windows
-        return wanted
+        return 10**6
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else min(wanted, max(soft - SPARE_DESCRIPTORS, soft // 4))
-
-
-def join(threads, deadline: float) -> None:
-    """Wait for threads until a time of the monotonic clock."""
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(max(deadline - time.monotonic(), 0))
+    return 10**6 if soft == resource.RLIM_INFINITY else max(soft - SPARE_DESCRIPTORS, soft // 4)
 
 
 # ---------------------------------------------------------------- TLS certificates
 
 
-def tls_context(cert: str, key: str | None):
-    """Return a server's TLS settings, TLS 1.2 and up; raise OSError or ValueError naming a file that does not serve."""
+def tls_context(cert: str, key: str) -> "ssl.SSLContext":
+    """Return a server's TLS settings, TLS 1.2 and up.
+
+    Raises OSError or ValueError that names a file which does not serve.
+    """
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A connection that ends without a close_notify has ended, and begin_stop() ends reading so: it may still be told.
+    # Treat EOF without close_notify as a normal end: begin_stop() shuts down the reading side, and
+    # the session must still be able to send its 421 over TLS.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    for path in (cert, key or cert):  # ssl does not say which of them it is
+    for path in (cert, key):  # ssl does not say which of them can't be read
         with open(path, "rb"):
             pass
     try:
-        context.load_cert_chain(cert, key, password="")  # nobody is asked for one
-    except OSError as error:  # ssl's are OSErrors, too
-        why = getattr(error, "reason", None) or "no PEM, or the key wants a password"
-        raise ValueError(f"{cert}, {key or cert}: not a certificate and its key ({why})") from None
+        context.load_cert_chain(cert, key, password="")  # never ask for one
+    except OSError as error:  # ssl's errors are OSErrors, too
+        why = getattr(error, "reason", None) or "not PEM, or the key wants a password"
+        raise ValueError(f"{cert}, {key}: not a certificate and its key ({why})") from None
     return context
 
 
-def self_signed(folder, hostname: str) -> tuple[str, str]:
-    """Return certificate and key for `hostname`, made once by the openssl program, kept beside the spool `folder`."""
-    home = f"{os.path.abspath(folder)}.{hostname}.tls"
-    cert, key = f"{home}/cert.pem", f"{home}/key.pem"
+def self_signed(folder: Path, hostname: str) -> tuple[str, str]:
+    """Return the paths of a certificate for `hostname` and of its key, in `folder`.
+
+    They are made once, by the openssl program; ValueError says why they could not be.
+    """
+    home = os.path.join(os.path.abspath(folder), f"{hostname}.tls")
+    cert, key = os.path.join(home, "cert.pem"), os.path.join(home, "key.pem")
     if not os.path.exists(home):
         import tempfile
 
-        os.makedirs(os.path.dirname(home), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(home)) as made:  # only its owner can look into it
+        os.makedirs(folder, 0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as made:  # only its owner can look into it
             run_openssl(f"{made}/tls", hostname)
-            with contextlib.suppress(OSError):  # another server has been faster
+            with contextlib.suppress(OSError):  # another server was faster
                 os.rename(f"{made}/tls", home)
     return cert, key
 
@@ -863,44 +1224,91 @@ def run_openssl(folder: str, hostname: str) -> None:
     import subprocess
 
     names = f"subjectAltName=DNS:{hostname},DNS:localhost,IP:127.0.0.1,IP:::1"
-    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    argv += ["-days", "3650", "-subj", f"/CN={hostname[:64]}", "-addext", names]
+    argv = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    argv += ["-nodes", "-days", "3650", "-subj", f"/CN={hostname[:64]}", "-addext", names]
+    argv += ["-keyout", "key.pem", "-out", "cert.pem"]
     os.mkdir(folder, 0o700)
     try:
-        subprocess.run(
-            [*argv, "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, capture_output=True, timeout=60
-        )
+        subprocess.run(argv, cwd=folder, check=True, capture_output=True, timeout=60)
     except FileNotFoundError:
-        raise ValueError("--tls-self-signed needs the openssl program; none was found") from None
+        raise ValueError("a self-signed certificate needs the openssl program") from None
     except subprocess.SubprocessError as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or error
         raise ValueError(f"openssl made no certificate: {said}") from None
+    for name in ("cert.pem", "key.pem"):
+        os.chmod(f"{folder}/{name}", 0o600)
 
 
 # ---------------------------------------------------------------- the trace
 
 
+# What telnet sends besides text (RFC 854): Ctrl-C is IAC IP.  These octets are never UTF-8.
+TELNET = {0xF3: "BRK", 0xF4: "IP", 0xF5: "AO", 0xF6: "AYT", 0xFB: "WILL", 0xFC: "WONT"}
+TELNET |= {0xFD: "DO", 0xFE: "DONT", 0xFF: "IAC"}
+TELNET_NAMES = {0xDC00 + octet: f"<{name}>" for octet, name in TELNET.items()}
+
+
 class Trace:
-    """The dialogue, live, a line per line: time, protocol, session, direction, text; in colour on a terminal."""
+    """The dialogue, live, one line each: time, protocol, session, direction, text.
 
-    DATA_LINES, DATA_OCTETS = 40, 4000  # of a message that passes
-    COLOURS = {"C": "36", "S": "32", "error": "31", "dim": "2"}
+    In colour on a terminal, unless NO_COLOR is set.
+    """
 
-    def __init__(self, stream=None):
+    COLOURS = {"C": "36", "S": "32", "refusal": "31", "head": "2"}
+
+    def __init__(self, stream: TextIO | None = None):
         self.stream = stream or sys.stderr
         self.colour = self.stream.isatty() and not os.environ.get("NO_COLOR")
 
     def line(self, protocol: str, number: int, direction: str, text: str) -> None:
-        """Show one line; `direction` is C (the client said it) or S (the server)."""
-        now = time.time()
-        head = f"{time.strftime('%H:%M:%S', time.localtime(now))}.{int(now * 1000) % 1000:03d} {protocol:5}{number:>4}"
-        text = printable(text)
+        """Show one line; `direction` is C (the client sent it) or S (the server did)."""
+        head = f"{timestamp(time.time())} {protocol:5}{number:>4}"
+        text = f"{direction}: {printable(text.translate(TELNET_NAMES) if IAC in text else text)}"
         if self.colour:
-            failed = direction == "S" and text[:1] in ("4", "5", "-")
-            tone = self.COLOURS["error" if failed else direction]
-            head, text = f"\x1b[{self.COLOURS['dim']}m{head}\x1b[0m", f"\x1b[{tone}m{direction}: {text}\x1b[0m"
-        else:
-            text = f"{direction}: {text}"
-        with contextlib.suppress(OSError, ValueError):  # nobody looks any more
+            refusal = direction == "S" and text[3:4] in ("4", "5", "-")
+            tone = self.COLOURS["refusal" if refusal else direction]
+            head, text = f"\x1b[{self.COLOURS['head']}m{head}\x1b[0m", f"\x1b[{tone}m{text}\x1b[0m"
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             self.stream.write(f"{head}  {text}\n")
             self.stream.flush()
+
+
+class DataTrace:
+    """Shows a message's data as it is on the wire, line by line as it comes: the first lines."""
+
+    SHOWN_LINES = 40
+    SHOWN_OCTETS = 1000  # of a line
+
+    def __init__(self, session: LineHandler, direction: str):
+        self.session = session
+        self.direction = direction
+        self.count = 0  # lines that have ended
+        self.octets = 0
+        self.partial = b""  # the beginning of a line that has not ended
+        self.ended = False  # whether the last line was the dot
+
+    def feed(self, block: bytes) -> None:
+        """Take a piece of the data."""
+        self.octets += len(block)
+        *lines, self.partial = (self.partial + block).split(b"\n")
+        self.partial = self.partial[: self.SHOWN_OCTETS]
+        for line in lines:
+            self.count += 1
+            self.ended = line.rstrip(b"\r") == b"."
+            if self.count <= self.SHOWN_LINES:
+                self.show(line.removesuffix(b"\r"))
+
+    def show(self, line: bytes) -> None:
+        text = line[: self.SHOWN_OCTETS].decode("utf-8", "surrogateescape")
+        self.session.trace(self.direction, text)
+
+    def end(self) -> None:
+        """Show how much more there was, and the final dot."""
+        more = self.count - self.SHOWN_LINES
+        if more > 0:
+            text = f"({more} more lines, {self.octets} octets in all)"
+            self.session.trace(self.direction, text)
+            if self.ended:
+                self.session.trace(self.direction, ".")
+        elif self.partial:
+            self.show(self.partial)

@@ -1,32 +1,52 @@
-"""A POP3 server: hands out the mail that smtpd_simple.py (or any other program) has put into the spool.
+"""A POP3 server: hands out the mail that smtpd_simple.py (or another program) put into the spool.
 
     python pop3d_simple.py                  POP3 on 127.0.0.1:1110
     python smtpd_simple.py --pop3           the same, and SMTP, in one process
 
-RFC 1939 with all its optional commands, and the extensions that CAPA shows.  What it refuses to do: to delete anything
-before QUIT, to let two sessions into one mailbox, to keep any state that is not in the files.
+RFC 1939 with all its optional commands, and the extensions that CAPA shows.  It deletes nothing
+before QUIT, lets no two sessions into one mailbox, and keeps no state that is not in the files.
 
 In a test:
 
     with POP3Server(("127.0.0.1", 0), store) as pop3:
         client = poplib.POP3(pop3.host, pop3.port)
 
-The states of RFC 1939 are the two tables at the end of `POP3Handler`; the maildrop of a session is a `Maildrop` of
-store.py, a snapshot under an exclusive lock.
+The states of RFC 1939 are the two tables at the end of `POP3Handler`: begin to read there.  The
+maildrop of a session is a `Maildrop` of store.py, a snapshot under an exclusive lock.
 """
 
 import functools
 import os
+import re
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import lineserver
-from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, dot_stuff, show_address
-from store import InUse, Maildrop, Store, in_words, users_file, wire
+from lineserver import (
+    VERSION,
+    Disconnect,
+    Limits,
+    LineServer,
+    LoginHandler,
+    Quit,
+    Refused,
+    Reply,
+    TLSOptions,
+    Trace,
+    check_hostname,
+    check_option,
+    dot_stuff,
+    self_signed,
+)
+from store import InUse, Maildrop, Store, Users, count_messages, to_crlf
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 __all__ = ["Disconnect", "POP3Handler", "POP3Server", "Store"]
 
-IDLE = 600  # seconds; RFC 1939 3 asks for ten minutes at least
+IDLE_TIMEOUT = 600  # seconds; RFC 1939 3 asks for ten minutes at least
 READ_BLOCK = 1 << 17  # octets of a message that are read at once
 
 
@@ -36,26 +56,26 @@ READ_BLOCK = 1 << 17  # octets of a message that are read at once
 def number(text: str) -> int:
     """Read a decimal number, ASCII digits and nothing else; raise Refused."""
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise Refused("-ERR that is not a number")
+        raise Refused("-ERR not a number")
     return int(text)
 
 
-def top(lines, count: int):
-    """Yield of a message (lines, long ones in several pieces) the header, the empty line and `count` lines more."""
+def top(blocks: Iterable[bytes], count: int) -> Iterator[bytes]:
+    """Yield the header, the empty line and `count` lines of a message, given as CRLF blocks."""
     in_header = line_start = True
-    for piece in lines:
+    for line in split_lines(blocks):
         if not in_header and not count:
             return
-        yield piece
-        if in_header and line_start and piece == b"\r\n":
+        yield line
+        if in_header and line_start and line == b"\r\n":
             in_header = False
-        elif not in_header and piece.endswith(b"\n"):
+        elif not in_header and line.endswith(b"\n"):
             count -= 1
-        line_start = piece.endswith(b"\n")
+        line_start = line.endswith(b"\n")
 
 
-def split_lines(blocks):
-    """Yield the lines of a message that comes in blocks of CRLF lines; one that a block cuts comes in pieces."""
+def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of CRLF blocks; one that is cut by the end of a block comes in pieces."""
     for block in blocks:
         *lines, rest = block.split(b"\n")
         for line in lines:
@@ -67,244 +87,286 @@ def split_lines(blocks):
 # ---------------------------------------------------------------- one session
 
 
-class POP3Handler(LineHandler):
-    """One POP3 session: `commands` is the table of its state, `maildrop` the open mailbox or None."""
+class POP3Handler(LoginHandler):
+    """One POP3 session: `commands` is its state's table, `maildrop` the open mailbox or None."""
 
     protocol = "POP3"
-    error = "-"
-    challenge = "+ {}"
-    verbatim = frozenset({"PASS"})
-    secret = {"PASS": 0, "APOP": 1, "AUTH": 1}
+    error_prefix = "-"
+    challenge_format = "+ {}"
+    reply_pattern = re.compile(r"(?:\+OK|-ERR)(?: .*)?", re.DOTALL)
+    keep_spaces = frozenset({"PASS"})
+    masked_after = {"PASS": 0, "APOP": 1, "AUTH": 1}
     replies = {
         "busy": "-ERR [SYS/TEMP] too many sessions, try again later",
-        "stopping": None,  # RFC 1939 3: a session that ends otherwise than by QUIT is closed without a word
+        "stopping": None,  # RFC 1939 3: a session that ends without QUIT gets no reply
         "timeout": None,
-        "bug": "-ERR [SYS/TEMP] our mistake; it has been logged",
-        "errors": "-ERR too many errors, good bye",
-        "logins": "-ERR [AUTH] too many failed logins, good bye",
-        "unknown": "-ERR there is no such command here and now; CAPA shows what there is",
+        "internal error": "-ERR [SYS/TEMP] internal error; see the server's log",
+        "errors": "-ERR too many errors, closing the connection",
+        "logins": "-ERR [AUTH] too many failed logins, closing the connection",
+        "http": "-ERR this is not a web server",
+        "unknown": "-ERR unknown command; try HELP",
         "long": "-ERR the line is too long",
         "long answer": "-ERR the answer is too long",
-        "disk": "-ERR [SYS/TEMP] our disk failed, try again later",
-        "mechanism": "-ERR unknown mechanism; AUTH alone lists those there are",
+        "disk": "-ERR [SYS/TEMP] disk failure, try again later",
+        "mechanism": "-ERR unknown mechanism; AUTH alone lists them",
         "cancelled": "-ERR login cancelled",
-        "base64": "-ERR that is not base64",
-        "plain": "-ERR send base64 of \\0name\\0password",
+        "base64": "-ERR not base64; send the output of: printf 'your text' | base64",
+        "plain": "-ERR send the output of: printf '\\0name\\0password' | base64",
         "initial": "-ERR CRAM-MD5 begins with our challenge: send AUTH CRAM-MD5",
         "wrong": "-ERR [AUTH] wrong name or password",
+        "blocked": "-ERR [SYS/TEMP] too many failed logins at this account; wait {} seconds",
+        "login queue": "-ERR [SYS/TEMP] too many logins at the same time, try again later",
     }
 
-    def setup(self):
+    server: "POP3Server"
+
+    def setup(self) -> None:
         super().setup()
-        self.maildrop, self.deleted, self.name = None, set(), None
+        self.maildrop: Maildrop | None = None
+        self.deleted: set[int] = set()  # indexes of the messages that are marked
+        self.name: str | None = None  # given with USER
         self.timestamp = f"<{os.getpid()}.{time.monotonic_ns()}@{self.server.hostname}>"
         self.commands = self.authorization
 
-    def say_goodbye(self, farewell, linger):
-        if self.maildrop:  # before the client gets its time to read this
+    def release(self) -> None:
+        if self.maildrop:
             self.maildrop.close()
-        super().say_goodbye(farewell, linger)
 
-    def greeting(self):
+    def greeting(self) -> str:
         return f"+OK POP3 server ready {self.timestamp}"
 
-    def allow(self, verb, argument):
-        if self.name is not None and verb not in ("PASS", "CAPA"):
-            self.name = None  # PASS follows USER at once (RFC 1939 7); a look at what there is may come between
+    @property
+    def users(self) -> Users:
+        return self.server.store.users
 
-    def nothing(self, argument):
+    @property
+    def drop(self) -> Maildrop:
+        """The open maildrop; there is one in the TRANSACTION state."""
+        assert self.maildrop
+        return self.maildrop
+
+    def check_command(self, verb: str, argument: str) -> None:
+        if verb not in ("PASS", "CAPA"):
+            self.name = None  # PASS follows USER at once (RFC 1939 7); CAPA may come between
+        if verb not in self.commands and verb in self.transaction:
+            raise Refused("-ERR log in first: USER name, then PASS password")
+        if verb not in self.commands and verb in self.authorization:
+            raise Refused("-ERR you are logged in already; QUIT ends the session")
+
+    def no_argument(self, argument: str) -> None:
         if argument:
             raise Refused("-ERR this command takes no argument")
 
-    # ---- AUTHORIZATION
+    # ---- both states
 
-    def capa(self, argument):
-        self.nothing(argument)
+    def capa(self, argument: str) -> Reply:
+        self.no_argument(argument)
         words = ["TOP", "UIDL", "RESP-CODES", "AUTH-RESP-CODE", "PIPELINING"]
         words += ["EXPIRE NEVER", "LOGIN-DELAY 0", "UTF8 USER"]
         if self.server.tls and not self.tls and not self.maildrop:
             words.append("STLS")
-        if self.may_log_in_here():
+        if self.may_log_in():
             words += ["USER", f"SASL {' '.join(self.mechanisms)}"]
-        return ["+OK", *words, f"IMPLEMENTATION pop3d_simple-{lineserver.VERSION}", "."]
+        return ["+OK", *words, f"IMPLEMENTATION pop3d_simple-{VERSION}", "."]
 
-    def stls(self, argument):
-        self.nothing(argument)
+    def help(self, argument: str) -> Reply:
+        """List the commands of this state; no RFC has it, a class needs it."""
+        self.no_argument(argument)
+        lines = [self.help_texts[verb] for verb in self.commands if verb in self.help_texts]
+        return ["+OK the commands that make sense now:", *lines, "."]
+
+    # ---- AUTHORIZATION
+
+    def stls(self, argument: str) -> Reply:
+        self.no_argument(argument)
         if self.tls:
             raise Refused("-ERR the session is encrypted already")
         if not self.server.tls:
-            raise Refused("-ERR there is no certificate here, so no TLS")
-        self.reply("+OK go ahead with TLS")
+            raise Refused("-ERR this server has no certificate, so no TLS")
+        self.reply("+OK start TLS now")
         self.start_tls()
+        return None
 
-    def utf8(self, argument):
-        self.nothing(argument)
-        return "+OK UTF-8 it is"
+    def utf8(self, argument: str) -> Reply:
+        self.no_argument(argument)
+        return "+OK UTF-8 headers are sent as they are"
 
-    def user(self, argument):
-        self.must_be_safe()
+    def user_(self, argument: str) -> Reply:
+        self.require_secure_line()
         if not argument:
             raise Refused("-ERR write USER name")
         self.name = argument
-        return "+OK now the password"
+        return "+OK now PASS and the password"
 
-    def pass_(self, argument):
-        self.must_be_safe()
+    def pass_(self, argument: str) -> Reply:
+        self.require_secure_line()
         name, self.name = self.name, None
         if name is None:
-            raise Refused("-ERR USER first")
-        users, password = self.server.store.users, argument.encode("utf-8", "surrogateescape")
-        return self.enter(self.log_in(name, lambda: users.check_password(name, password)))
+            raise Refused("-ERR send USER name first")
+        password = argument.encode("utf-8", "surrogateescape")
+        return self.open_maildrop(self.log_in(name, lambda: self.check_password(name, password)))
 
-    def apop(self, argument):
+    def apop(self, argument: str) -> Reply:
         name, _, digest = argument.rpartition(" ")
         name = name.strip()
         if self.server.require_tls:
-            self.must_be_safe()
+            self.require_secure_line()
         if not name:
             raise Refused("-ERR write APOP name digest")
         import hashlib
 
-        def answer(password):
-            return hashlib.md5(self.timestamp.encode() + password, usedforsecurity=False).hexdigest()
+        def answer(password: bytes) -> str:
+            octets = self.timestamp.encode() + password
+            return hashlib.md5(octets, usedforsecurity=False).hexdigest()
 
-        return self.enter(self.log_in(name, lambda: self.server.store.users.check_digest(name, answer, digest)))
+        check = functools.partial(self.users.check_digest, name, answer, digest)
+        return self.open_maildrop(self.log_in(name, check))
 
-    def auth(self, argument):
+    def auth(self, argument: str) -> Reply:
         if not argument:
-            return ["+OK", *(self.mechanisms if self.may_log_in_here() else []), "."]
-        self.must_be_safe()
+            return ["+OK", *(self.mechanisms if self.may_log_in() else []), "."]
+        self.require_secure_line()
         mechanism, _, initial = argument.partition(" ")
-        return self.enter(self.sasl(mechanism, initial.strip() or None))
+        return self.open_maildrop(self.sasl(mechanism, initial.strip() or None))
 
-    def must_be_safe(self):
-        if not self.may_log_in_here():
-            raise Refused("-ERR STLS first: a password must not cross this line in clear")
+    def require_secure_line(self) -> None:
+        if not self.may_log_in():
+            raise Refused("-ERR send STLS first: passwords are not taken in clear here")
 
-    def enter(self, address):
-        """Open the maildrop of who has just logged in; from here on the other table holds."""
+    def open_maildrop(self, address: str) -> Reply:
+        """Lock the mailbox of the account that has logged in; the TRANSACTION state begins."""
         try:
             self.maildrop = Maildrop(self.server.store, address)
         except InUse:
             raise Refused("-ERR [IN-USE] another session has this mailbox open") from None
         self.user, self.commands = address, self.transaction
-        return f"+OK {self.scan()}"
+        return f"+OK {self.summary()}"
 
-    def leave(self, argument):
-        self.nothing(argument)
+    def quit_authorization(self, argument: str) -> Reply:
+        self.no_argument(argument)
         raise Quit("quit", "+OK good bye")
 
     # ---- TRANSACTION
 
-    def scan(self):
-        """Return the maildrop in words."""
+    def summary(self) -> str:
+        """Return the state of the maildrop in words."""
         count, octets = self.totals()
-        return f"{in_words(count)} ({octets} octets)"
+        return f"{count_messages(count)} ({octets} octets)"
 
-    def totals(self):
-        """Return how many messages there are, and their octets; those marked as deleted don't count."""
-        sizes, deleted = self.maildrop.sizes, self.deleted
+    def totals(self) -> tuple[int, int]:
+        """Return how many messages there are, and their octets, without those marked."""
+        sizes, deleted = self.drop.sizes, self.deleted
         return len(sizes) - len(deleted), sum(sizes) - sum(sizes[index] for index in deleted)
 
-    def message(self, text):
+    def message_index(self, text: str) -> int:
         """Return the index of the message that a number names; raise Refused."""
         if not text:
-            raise Refused("-ERR which message? write its number")
+            raise Refused("-ERR the message's number is missing")
         index = number(text) - 1
-        if not 0 <= index < len(self.maildrop.sizes):
-            raise Refused(f"-ERR no such message, there are {len(self.maildrop.sizes)}")
+        if not 0 <= index < len(self.drop.sizes):
+            raise Refused(f"-ERR no such message, there are {len(self.drop.sizes)}")
         if index in self.deleted:
-            raise Refused(f"-ERR message {index + 1} is deleted; RSET takes that back")
+            raise Refused(f"-ERR message {index + 1} is marked as deleted; RSET takes that back")
         return index
 
-    def stat(self, argument):
-        self.nothing(argument)
+    def stat(self, argument: str) -> Reply:
+        self.no_argument(argument)
         return "+OK {} {}".format(*self.totals())
 
-    def list_(self, argument):
-        return self.per_message(argument, self.maildrop.sizes, self.scan())
+    def list_(self, argument: str) -> Reply:
+        return self.per_message(argument, self.drop.sizes, self.summary)
 
-    def uidl(self, argument):
-        return self.per_message(argument, self.maildrop.uids, "unique-id listing follows")
+    def uidl(self, argument: str) -> Reply:
+        return self.per_message(argument, self.drop.uids, lambda: "unique-id listing follows")
 
-    def per_message(self, argument, values, title):
+    def per_message(
+        self, argument: str, values: list[int] | list[str], title: Callable[[], str]
+    ) -> Reply:
         """Answer LIST and UIDL: one message's value, or a line for each."""
         if argument:
-            index = self.message(argument)
+            index = self.message_index(argument)
             return f"+OK {index + 1} {values[index]}"
         lines = [f"{n} {value}" for n, value in enumerate(values, 1)]
         if self.deleted:
             lines = [line for index, line in enumerate(lines) if index not in self.deleted]
-        return [f"+OK {title}", *lines, "."]
+        return [f"+OK {title()}", *lines, "."]
 
-    def retr(self, argument):
-        index = self.message(argument)
-        return self.send(index, "+OK {} octets")
+    def retr(self, argument: str) -> Reply:
+        return self.send(self.message_index(argument), "+OK {} octets")
 
-    def top(self, argument):
+    def top(self, argument: str) -> Reply:
         which, _, count = argument.partition(" ")
-        index, count = self.message(which), number(count.strip() or "0")
-        return self.send(index, "+OK top of message follows", count)
+        index, lines = self.message_index(which), number(count.strip() or "0")
+        return self.send(index, "+OK top of message follows", lines)
 
-    def send(self, index, reply, lines=None):
+    def send(self, index: int, reply: str, lines: int | None = None) -> Reply:
         """Send a message, or the top of it, as it goes over the wire."""
         try:
-            fd, octets = self.maildrop.open(index)
+            fd, octets = self.drop.open(index)
         except FileNotFoundError:
-            raise Refused(f"-ERR message {index + 1} is gone: another program has removed it") from None
-        sent, first = 0, b""
+            what = "is gone: another program has removed it"
+            raise Refused(f"-ERR message {index + 1} {what}") from None
+        trace = self.trace_data("S")
         try:
             self.reply(reply.format(octets))
-            blocks = wire(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
-            for block in dot_stuff(blocks if lines is None else top(split_lines(blocks), lines)):
+            blocks = to_crlf(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
+            for block in dot_stuff(blocks if lines is None else top(blocks, lines)):
+                if trace:
+                    trace.feed(block)
                 self.write(block)
-                sent, first = sent + len(block), first if len(first) > 1 else first + block  # a dot may come alone
         except OSError as error:  # in the middle of a message there is no way to say so
             raise Disconnect(f"message {index + 1}: {error}") from None
         finally:
             os.close(fd)
-        self.trace_data("S", first, sent)
         self.write(b".\r\n")
+        if trace:
+            trace.feed(b".\r\n")
+            trace.end()
+        return None
 
-    def dele(self, argument):
-        index = self.message(argument)
+    def dele(self, argument: str) -> Reply:
+        index = self.message_index(argument)
         self.deleted.add(index)
         return f"+OK message {index + 1} will be deleted at QUIT"
 
-    def rset(self, argument):
-        self.nothing(argument)
+    def rset(self, argument: str) -> Reply:
+        self.no_argument(argument)
         self.deleted.clear()
-        return f"+OK {self.scan()}"
+        return f"+OK {self.summary()}"
 
-    def noop(self, argument):
-        self.nothing(argument)
+    def noop(self, argument: str) -> Reply:
+        self.no_argument(argument)
         return "+OK"
 
-    def update(self, argument):
+    def quit_transaction(self, argument: str) -> Reply:
         """Enter the UPDATE state: the only place where messages are deleted (RFC 1939 6)."""
-        self.nothing(argument)
+        self.no_argument(argument)
         left, _ = self.totals()
         try:
-            failed = self.maildrop.remove(sorted(self.deleted))
+            failed = self.drop.remove(sorted(self.deleted))
         except OSError as error:
             self.log_error("QUIT: %s", error)
             failed = len(self.deleted)
         if failed:
-            raise Quit("quit", f"-ERR [SYS/TEMP] {in_words(failed)} could not be deleted")
-        raise Quit(f"quit, {len(self.deleted)} deleted", f"+OK good bye, {in_words(left)} left")
+            raise Quit("quit", f"-ERR [SYS/TEMP] {count_messages(failed)} could not be deleted")
+        raise Quit(
+            f"quit, {len(self.deleted)} deleted", f"+OK good bye, {count_messages(left)} left"
+        )
 
     authorization = {
         "CAPA": capa,
+        "HELP": help,
         "STLS": stls,
         "UTF8": utf8,
-        "USER": user,
+        "USER": user_,
         "PASS": pass_,
         "APOP": apop,
         "AUTH": auth,
-        "QUIT": leave,
+        "QUIT": quit_authorization,
     }
     transaction = {
         "CAPA": capa,
+        "HELP": help,
         "STAT": stat,
         "LIST": list_,
         "UIDL": uidl,
@@ -313,50 +375,80 @@ class POP3Handler(LineHandler):
         "DELE": dele,
         "RSET": rset,
         "NOOP": noop,
-        "QUIT": update,
+        "QUIT": quit_transaction,
+    }
+    help_texts = {
+        "USER": "USER alice        who you are",
+        "PASS": "PASS wonderland   the password; opens the mailbox",
+        "STAT": "STAT              how many messages there are, and their octets",
+        "LIST": "LIST              the octets of each message; LIST 1: of the first",
+        "UIDL": "UIDL              a name for each message that never changes",
+        "RETR": "RETR 1            the first message",
+        "TOP": "TOP 1 5           its header and five lines of its text",
+        "DELE": "DELE 1            mark it; it is deleted at QUIT",
+        "RSET": "RSET              take all marks back",
+        "CAPA": "CAPA              what else this server can do",
+        "QUIT": "QUIT              the end",
     }
 
 
-# ---------------------------------------------------------------- the server and the command line
+# ---------------------------------------------------------------- the server
 
 
 class POP3Server(LineServer):
     """One POP3 listener on `address`, (host, port); port 0 takes a free one.  `with` serves.
 
-    It takes the keywords of LineServer; see SMTPServer for `intercept`.
+    The keywords are those that SMTPServer has of the same names.
     """
 
-    default_timeout = IDLE
+    default_timeout = IDLE_TIMEOUT
 
-    def __init__(self, address: tuple[str, int], store: Store, **options):
-        super().__init__(address, POP3Handler, store, **options)
+    def __init__(
+        self,
+        address: tuple[str, int],
+        store: Store,
+        *,
+        hostname: str | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        tls_self_signed: bool = False,
+        implicit_tls: bool = False,
+        require_tls: bool = False,
+        max_connections: int = 1000,
+        max_per_address: int | None = None,
+        timeout: float | None = None,
+        trace: bool | Trace = False,
+        intercept: Callable[[POP3Handler, str, str], str | None] | None = None,
+    ):
+        check_option("store", store, Store)
+        self.store = store
+        hostname = check_hostname(store.host if hostname is None else hostname)
+        if tls_self_signed:
+            tls_cert, tls_key = self_signed(store.folder, hostname)
+        tls = TLSOptions(tls_cert, tls_key, implicit_tls, require_tls)
+        limits = Limits(max_connections, max_per_address, timeout)
+        super().__init__(address, POP3Handler, hostname, tls, limits, trace, intercept)
+
+    def __enter__(self) -> "POP3Server":
+        self.start()
+        return self
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
     import startup_simple
 
-    about = "A small POP3 server on a Maildir spool."
-    parser = startup_simple.option_parser("pop3d_simple.py", about, 1110, [("--pop3s-port", 1995)])
-    args = parser.parse_args(argv)
-    startup_simple.check_options(parser, args)
-    return startup_simple.exit_status("pop3d_simple.py", lambda: serve(args))
+    args = startup_simple.parse_arguments(argv, "POP3")
+    return startup_simple.run_program(args, make_servers)
 
 
-def serve(args) -> int:
-    """Open the listeners that the options name, and serve; raise ValueError or OSError."""
-    import startup_simple
-
-    store, options = Store(args.spool, users_file(args.users)), startup_simple.shared_options(args)
-    servers = [startup_simple.listen(POP3Server, (args.host, args.port), store, **options)]
+def make_servers(args: "Namespace", store: Store, options: dict[str, Any]) -> list[LineServer]:
+    """Open the listeners that the options name; raise ValueError or OSError."""
+    servers = [POP3Server((args.host, args.port), store, **options)]
     if args.pop3s_port is not None:
-        servers.append(
-            startup_simple.listen(POP3Server, (args.host, args.pop3s_port), store, implicit_tls=True, **options)
-        )
-    name, pop3 = next(iter(store.users.accounts.values())), servers[0]
-    where, users = show_address(pop3.host, pop3.port), store.users_path or "demo accounts"
-    notice = f"  spool     {store.folder}\n  accounts  {users}\n  read      curl -u {name} pop3://{where}/1"
-    return startup_simple.run(servers, args.processes, notice)
+        address = args.host, args.pop3s_port
+        servers.append(POP3Server(address, store, implicit_tls=True, **options))
+    return list(servers)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""An SMTP server: takes mail for the mailboxes of users.txt, relays what logged-in users send elsewhere, reports back.
+"""An SMTP server: takes mail for the mailboxes of users.txt, and sends mail on for its users.
 
     python smtpd_simple.py                       SMTP on 127.0.0.1:1025
     python smtpd_simple.py --pop3                SMTP and POP3: the whole mail server
     python smtpd_simple.py --relay mail.example.net --tls-self-signed
 
-RFC 5321 with the extensions that EHLO shows.  What it refuses to be: an open relay (mail for elsewhere needs a login
-and a route), a filter (octets go to disk as they came, behind our own trace fields), a user of DNS (but for the next
-host that the command line names).
+RFC 5321 with the extensions that EHLO shows.  It is no open relay (mail for elsewhere needs a login
+and a route), no filter (octets go to disk as they came, behind our own trace fields), and it asks
+no DNS (but for the next host that the command line names).
 
 In a test:
 
@@ -15,53 +15,86 @@ In a test:
         ...                                      # send something to smtp.host, smtp.port
         [message] = store.wait("alice@example.test")
 
-A message's way: `SMTPHandler` reads lines, keeps an `Envelope` -> `Arrival` reads the content -> store.py puts it on
-disk -> 250.  Mail for elsewhere goes to the queue in the spool, from there `Relay` sends it on through smtplib.
+A message's way: `SMTPHandler` reads commands and keeps an `Envelope`; DATA or BDAT pass the
+content, piece by piece, through `Content` into store.py's Delivery; then 250.  Mail for elsewhere
+goes into the queue, from where relay_simple.py sends it on.
+
+Read it in this order: the tables at the end of `SMTPHandler`, `mail`, `rcpt`, `data`, `Content`.
 """
 
 import contextlib
 import errno
+import functools
+import os
 import re
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import lineserver
-from lineserver import Disconnect, LineHandler, LineServer, Quit, Refused, dot_stuff, dot_unstuff, is_loopback
-from relay_simple import HEXCHAR, Recipient, Relay, as_routes, new_entry, wants
+from lineserver import (
+    STOP_TIMEOUT,
+    Disconnect,
+    Limits,
+    LineServer,
+    LoginHandler,
+    Quit,
+    Refused,
+    Reply,
+    TLSOptions,
+    Trace,
+    check_hostname,
+    check_option,
+    dot_unstuff,
+    is_loopback,
+    printable,
+    self_signed,
+)
+from relay_simple import HEXCHAR, Relay, as_routes
 from store import (
     MAX_DOMAIN,
     MAX_LOCAL,
     Delivery,
+    LineEnds,
+    QueuedRecipient,
+    QueueEntry,
     Store,
     Target,
-    in_words,
-    line_ends,
+    Users,
+    canonical,
+    count_messages,
     mail_date,
     new_id,
-    trace_fields,
-    users_file,
 )
+
+if TYPE_CHECKING:
+    from argparse import Namespace
 
 __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Store"]
 
 MAX_SIZE = 102_400_000  # octets of a message, as EHLO says (RFC 1870)
-MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; beyond it 452, and the client sends the rest later
-MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100, but who uses this is never that far from anybody
-READ_BLOCK = 1 << 18  # octets of a message that are read at once
-MAX_HEADER = 1 << 20  # octets of a header that are looked into
+MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; more are refused with 452
+MIN_RECIPIENTS = 100  # that are taken however long they are
+MAX_ENVELOPE = 1 << 16  # octets of recipients' addresses and parameters beyond those
+MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100
+MAX_FIELD_NAME = 1000  # octets in which a line has to show that it is a header field
+READ_BLOCK = 1 << 17  # octets of a message that are read at once
 
-# RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII.  The classes say what is not in them: ranges of Unicode take
-# a tenth of a second to compile.  Surrogates, which stand for octets that are not UTF-8, fail isprintable() later.
-ATOM = r"[^\x00-\x20\"(),.:;<>@\[\\\]\x7f-\x9f]+"
-DOT_STRING = rf"{ATOM}(?:\.{ATOM})*"
+# RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII, and dots anywhere in a local part, as
+# Postfix takes them.  The character classes are negated, because Unicode ranges take 0.1 s to
+# compile.  Octets that are not UTF-8 arrive as surrogates; they match here and fail isprintable().
+LOCAL_PART = r"[^\x00-\x20\"(),:;<>@\[\\\]\x7f-\x9f]+"
 QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*"'
-LETTER, INNER = r"[^\x00-/:-@\[-^`{-\x9f]", r"[^\x00-,./:-@\[-^`{-\x9f]"  # of a label: _ is common, - not at its ends
+LETTER = r"[^\x00-/:-@\[-^`{-\x9f]"  # at the ends of a label; _ is common
+INNER = r"[^\x00-,./:-@\[-^`{-\x9f]"
 DOMAIN = rf"{LETTER}(?:{INNER}*{LETTER})?(?:\.{LETTER}(?:{INNER}*{LETTER})?)*"
 IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
-LITERAL = rf"\[(?:{IPV4}|(?i:IPv6):[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+)\]"
-PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?({DOT_STRING}|{QUOTED})@({DOMAIN}|{LITERAL})>")
-NO_DOMAIN = re.compile(r"<((?i:postmaster)?)>", re.ASCII)  # RFC 5321 4.1.1.3, and the null path
+TAGGED = r"(?i:IPv6):[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+"
+LITERAL = rf"\[(?:{IPV4}|{TAGGED})\]"
+MAILBOX = rf"({LOCAL_PART}|{QUOTED})(?:@({DOMAIN}|{LITERAL}))?"
+PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?{MAILBOX}>|{MAILBOX}(?=\s|$)")
 XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
 
 MAIL_PARAMETERS = {  # what each may be; None: no value
@@ -72,42 +105,51 @@ MAIL_PARAMETERS = {  # what each may be; None: no value
     "RET": r"(?i:FULL|HDRS)",  # RFC 3461 4.3
     "ENVID": rf"(?:[!-*,-<>-~]|{HEXCHAR}){{1,100}}",  # RFC 3461 4.4
 }
+EVENT = "(?:SUCCESS|FAILURE|DELAY)"
 RCPT_PARAMETERS = {
-    "NOTIFY": r"(?i:NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2})",  # RFC 3461 4.1
-    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",  # 4.2, RFC 6533 3
+    "NOTIFY": rf"(?i:NEVER|{EVENT}(?:,{EVENT}){{0,2}})",  # RFC 3461 4.1
+    # RFC 3461 4.2, RFC 6533 3
+    "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",
 }
-NAME = r"[!#-'*+./0-9=?A-Z^-~-]"
-HELLO = rf"(?:{NAME}|\({NAME}*\))+|{LITERAL}|\[[0-9A-Fa-f:.]+\]"  # such as localhost.(none)
-NODE = rf"#|@?{DOMAIN}"
+# A HELO name that can stand in `Received` as it is; some say localhost.(none).
+HELO_NAME = re.compile(rf"(?:[!#-'*+./0-9=?A-Z^-~-]|\([!#-'*+./0-9=?A-Z^-~-]*\))+|{LITERAL}")
+NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
+
+HEADER_LINES = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)+")
+CONTINUATION = re.compile(rb"(?:[ \t][^\n]*\n)+")
+FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
+MAYBE_FIELD = re.compile(rb"[!-9;-~]*[ \t]*\r?")  # the beginning of a line, cut
 
 
 # ---------------------------------------------------------------- pure helpers
 
 
 def parse_path(text: str) -> tuple[str, str]:
-    """Read `<path>` at the start of `text`; return the address, quotes undone where it can be, and what follows it.
+    """Read `<path>`, or an address without brackets, at the start of `text`.
 
-    A source route is read and dropped (RFC 5321 C), `<>` is the address "".  Raises ValueError saying what is wrong.
+    Returns the address, its quotes undone where they are not needed, and what follows.  A source
+    route is dropped (RFC 5321 C), `<>` is the address "", and a domain may be missing.  Raises
+    ValueError saying what is wrong.
     """
     text = text.lstrip(" ")
+    if text.startswith("<>"):
+        return "", text[2:]
     match = PATH.match(text)
-    if not match and (special := NO_DOMAIN.match(text)):
-        return special[1], text[special.end() :]
     if not match or not match[0].isprintable():
         raise ValueError("write the address as <name@domain>")
-    local, domain = match.groups()
+    local, domain = match[1] or match[3], match[2] or match[4] or ""
     if local.startswith('"'):
         plain = re.sub(r"\\(.)", r"\1", local[1:-1])
-        local = plain if re.fullmatch(DOT_STRING, plain) else local
+        local = plain if re.fullmatch(LOCAL_PART, plain) else local
     if len(local.encode()) > MAX_LOCAL or len(domain.encode()) > MAX_DOMAIN:
         raise ValueError(f"the address is longer than {MAX_LOCAL}@{MAX_DOMAIN} octets")
     if domain.startswith("[") and not good_literal(domain[1:-1]):
         raise ValueError("the address has no such numbers")
-    return f"{local}@{domain}", text[match.end() :]
+    return f"{local}@{domain}" if domain else local, text[match.end() :]
 
 
 def good_literal(text: str) -> bool:
-    """Say whether an address literal (RFC 5321 4.1.3) names an address; kinds that are not known here may."""
+    """Say whether an address literal (RFC 5321 4.1.3) names an address; unknown kinds may."""
     kind, colon, rest = text.partition(":")
     if colon and kind.lower() != "ipv6":
         return True
@@ -118,23 +160,24 @@ def good_literal(text: str) -> bool:
     return True
 
 
-def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
-    """Read ` KEY=value KEY` by a table of what each value may be; keys come in upper case, values untouched.
+def parse_parameters(text: str, known: dict[str, Any]) -> dict[str, str | None]:
+    """Read ` KEY=value KEY` by a table of what each value may be.
 
-    Raises Refused: 501 for a bad or repeated one, 555 for one that EHLO does not offer (RFC 5321 4.1.1.11).
+    Keys come in upper case, values untouched.  Raises Refused: 501 for a bad or repeated one, 555
+    for one that EHLO does not offer (RFC 5321 4.1.1.11).
     """
     if text and not text.startswith(" "):
-        raise Refused("501 5.5.4 A space belongs behind the >")
-    found = {}
+        raise Refused("501 5.5.4 Put a space after >")
+    found: dict[str, str | None] = {}
     for word in filter(None, text.split(" ")):
         name, equals, value = word.partition("=")
         name = name.upper()
         if not re.fullmatch(r"[A-Z0-9][A-Z0-9-]*", name) or (equals and not value):
             raise Refused("501 5.5.4 Write parameters as KEY=value")
         if name not in known:
-            raise Refused("555 5.5.4 A parameter that is not offered here; EHLO shows those that are")
+            raise Refused("555 5.5.4 Unknown parameter; EHLO shows what is offered")
         if name in found:
-            raise Refused(f"501 5.5.4 {name} is there twice")
+            raise Refused(f"501 5.5.4 {name} is given twice")
         if bool(equals) != bool(known[name]):
             raise Refused(f"501 5.5.4 {name} takes {'a' if known[name] else 'no'} value")
         if equals and not (value.isprintable() and re.fullmatch(known[name], value, re.ASCII)):
@@ -143,288 +186,363 @@ def parse_parameters(text: str, known: dict) -> dict[str, str | None]:
     return found
 
 
-class Newlines:
-    """Turns bare CR and bare LF into CRLF, block by block; `bare` counts them."""
-
-    def __init__(self):
-        self.held, self.bare = b"", 0
-
-    def feed(self, block: bytes) -> bytes:
-        """Return a block with proper line ends; a CR at its end waits for what follows."""
-        block = self.held + block
-        self.held = b"\r" if block.endswith(b"\r") else b""
-        block = block.removesuffix(b"\r")
-        if line_ends(block) in (None, "\r\n"):
-            return block
-        self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
-        return block.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
-
-    def end(self) -> bytes:
-        """Return what is still held back."""
-        self.bare += bool(self.held)
-        held, self.held = self.held, b""
-        return b"\r\n" if held else b""
-
-
-def count_hops(header: bytes) -> int:
-    """Return how many hosts a message has come through, by its `Received` fields."""
-    fields = (b"\n" + header.lower()).split(b"\nreceived")[1:]
-    return sum(field.lstrip(b" \t").startswith(b":") for field in fields)
+def escape_comment(text: str) -> str:
+    """Return a text as it can stand in a header field's comment (RFC 5322 3.2.2)."""
+    return re.sub(r"[()\\]", r"\\\g<0>", text).encode("ascii", "backslashreplace").decode()
 
 
 # ---------------------------------------------------------------- one message
 
 
-class Envelope:
-    """What MAIL and RCPT have said about one message; there is one while a transaction is open, and none otherwise.
+class Recipient(NamedTuple):
+    """One RCPT: the mailboxes it reaches (none: it is for elsewhere), and its DSN parameters."""
 
-    `sender` is the reverse path without its brackets; "" is the null sender.  `accepted` holds
-    a Recipient for each RCPT, `refused` counts the others.
+    address: str
+    mailboxes: list[str]
+    notify: str | None = None
+    orcpt: str | None = None
+
+
+class Envelope:
+    """What MAIL and RCPT have said about one message; None stands for no open transaction.
+
+    Attributes: `id` (the queue ID), `sender` (the reverse path without its brackets; "" is the null
+    sender), `parameters` (of MAIL), `recipients` (the addresses that were accepted).
     """
 
-    def __init__(self, sender: str, parameters: dict, name: str):
-        self.sender, self.parameters, self.id = sender, parameters, name
-        self.accepted, self.refused = [], 0
-        self.arrival = None  # once DATA or BDAT has begun
+    def __init__(self, sender: str, parameters: dict[str, str | None]):
+        self.id = new_id()
+        self.sender = sender
+        self.parameters = parameters
+        self.accepted: list[Recipient] = []
+        self.refused = 0  # RCPTs
+        self.octets = 0  # of addresses and parameters
 
     @property
     def recipients(self) -> list[str]:
         """The addresses that were accepted."""
         return [recipient.address for recipient in self.accepted]
 
+    def has_room(self) -> bool:
+        """Say whether one more recipient is taken: memory is bounded, whatever a client sends."""
+        count = len(self.accepted)
+        return count < MIN_RECIPIENTS or (count < MAX_RECIPIENTS and self.octets < MAX_ENVELOPE)
 
-class Arrival:
-    """The content of one message while it comes in: counts it, checks it, stores it.
 
-    What goes wrong is remembered and said at the end: a client can't be interrupted (RFC 5321 4.5.4.2).
+class HeaderScan:
+    """Finds where a message's header ends, block by block, and counts its `Received` fields.
+
+    A message without a header, or whose header runs into its text, gets the empty line that is
+    missing before the first line that is neither a field nor a continuation (RFC 5322 2.1): what a
+    student types behind DATA is the body.  A message that has a header stays octet for octet.
     """
 
-    def __init__(self, session: "SMTPHandler", envelope: Envelope):
-        self.session, self.envelope = session, envelope
-        self.limit, self.octets, self.refusal = session.server.size_limit, 0, None
-        self.newlines, self.header, self.in_header = Newlines(), bytearray(), True
-        self.shown = bytearray()  # in the trace
-        self.delivery = Delivery(session.server.store, session.copies(envelope))
+    def __init__(self) -> None:
+        self.held = b""  # the beginning of a line that may yet become a field
+        self.begun = False  # whether there was a field
+        self.in_field = False  # whether the last line of a field has not ended
+        self.ended = False
+        self.hops = 0
+
+    def feed(self, block: bytes) -> bytes:
+        """Return a block of CRLF lines with the empty line put in, if it is missing here."""
+        if self.ended:
+            return block
+        block, self.held = self.held + block, b""
+        at = 0
+        while at < len(block) and not self.ended:
+            at = self.skip(block, at)
+            if self.held:
+                return block[:at]
+            if self.ended and block[at : at + 2] != b"\r\n":
+                return block[:at] + b"\r\n" + block[at:]
+        return block
+
+    def skip(self, block: bytes, at: int) -> int:
+        """Return where the header lines end that begin at `at`; there it goes on or has ended."""
+        if self.in_field:
+            end = block.find(b"\n", at) + 1
+            self.in_field = end == 0
+            return end or len(block)
+        lines = HEADER_LINES.match(block, at)
+        if not lines and self.begun:
+            lines = CONTINUATION.match(block, at)
+        if not self.begun and block.startswith((b"From ", b">From "), at):  # mbox's separator
+            return self.start_field(block, at)
+        if lines:
+            self.begun = True
+            self.hops += len(re.findall(rb"(?im)^received[ \t]*:", lines[0]))
+            return lines.end()
+        if FIELD_START.match(block, at) or (self.begun and block[at : at + 1] in (b" ", b"\t")):
+            return self.start_field(block, at)
+        rest = block[at:]
+        if len(rest) < MAX_FIELD_NAME and MAYBE_FIELD.fullmatch(rest):
+            self.held = rest
+        else:
+            self.ended = True
+        return at
+
+    def start_field(self, block: bytes, at: int) -> int:
+        """Go on inside a line whose end may not have come."""
+        self.begun = self.in_field = True
+        self.hops += block[at : at + 9].lower() == b"received:"
+        return at
+
+    def end(self) -> bytes:
+        """Return what was held back, which is text."""
+        return b"\r\n" + self.held if self.held else b""
+
+
+class Content:
+    """The content of one message while it comes in: checked, counted and stored piece by piece.
+
+    A fault is remembered and answered at the end: a client can't be interrupted (RFC 5321 4.5.4.2).
+    """
+
+    def __init__(self, delivery: Delivery, limit: int):
+        self.delivery = delivery
+        self.limit = limit  # octets
+        self.octets = 0
+        self.refusal: str | None = None
+        self.fault: OSError | None = None  # of the disk
+        self.line_ends = LineEnds()
+        self.header = HeaderScan()
 
     def add(self, block: bytes) -> None:
         """Take a piece of the content."""
-        self.put(self.newlines.feed(block))
+        self.store(self.line_ends.feed(block))
 
-    def put(self, block: bytes) -> None:
-        if not self.octets and block[:1] in (b" ", b"\t"):  # it would go on with our last trace field
-            self.delivery.write(b"\r\n")
+    def end(self) -> None:
+        """Take what the last piece has left, and look for loops."""
+        self.store(self.line_ends.end())
+        self.write(self.header.end())
+        if self.header.hops >= MAX_HOPS:
+            self.refuse(f"554 5.4.6 The message has passed {MAX_HOPS} hosts: a loop")
+
+    def store(self, block: bytes) -> None:
         self.octets += len(block)
-        if self.session.server.trace and len(self.shown) < lineserver.Trace.DATA_OCTETS:
-            self.shown += block
         if self.octets > self.limit:
             self.refuse(f"552 5.3.4 The message is larger than {self.limit} octets")
-        if self.refusal or not block:
+        self.write(self.header.feed(block))
+
+    def write(self, block: bytes) -> None:
+        if self.refusal or self.fault or not block:
             return
-        if self.in_header:
-            seen = max(len(self.header) - 3, 0)  # an end that is cut begins here
-            self.header += block
-            self.in_header = self.header.find(b"\r\n\r\n", seen) < 0 and len(self.header) < MAX_HEADER
         try:
             self.delivery.write(block)
         except OSError as error:
-            self.refuse(self.session.store_failed(self.envelope.id, error))
+            self.fault = error
+            self.delivery.close()
 
     def refuse(self, reply: str) -> None:
         self.refusal = self.refusal or reply
         self.delivery.close()
 
-    def finish(self) -> str:
-        """Put the message on disk and return the reply to its end."""
-        session, envelope = self.session, self.envelope
-        self.put(self.newlines.end())
-        if self.newlines.bare and not session.bare_lf:
-            session.log("%s: %d bare CR or LF made CRLF", envelope.id, self.newlines.bare)
-        if count_hops(self.header.partition(b"\r\n\r\n")[0]) >= MAX_HOPS:
-            self.refuse(f"554 5.4.6 The message has come through {MAX_HOPS} hosts: a loop")
-        if reply := self.refusal or session.intercepted(".", ""):
-            return reply
-        try:
-            paths = self.delivery.commit(session.queue_entry(envelope))
-        except OSError as error:
-            return session.store_failed(envelope.id, error)
-        session.stored(envelope, self.octets, paths)
-        return f"250 2.0.0 Ok: queued as {envelope.id}"
-
 
 # ---------------------------------------------------------------- one session
 
 
-class SMTPHandler(LineHandler):
-    """One SMTP session.  `envelope` is None outside a mail transaction: that is all the state there is to reset."""
+class SMTPHandler(LoginHandler):
+    """One SMTP session.  `envelope` and `content` are all the state that RSET has to forget."""
 
     protocol = "SMTP"
-    error = "5"
-    challenge = "334 {}"
-    secret = {"AUTH": 1}
+    error_prefix = "5"
+    challenge_format = "334 {}"
+    reply_pattern = re.compile(r"(?:[2-5][0-9]{2}-[^\n]*\r?\n)*[2-5][0-9]{2}(?: .*)?")
+    masked_after = {"AUTH": 1}
     replies = {
         "busy": "421 4.7.0 Too many sessions, try again later",
         "stopping": "421 4.3.2 The server is stopping",
-        "timeout": "421 4.4.2 Nothing came in time, good bye",
-        "bug": "421 4.3.0 Our mistake; it has been logged",
-        "errors": "421 4.7.0 Too many errors, good bye",
-        "logins": "421 4.7.0 Too many failed logins, good bye",
-        "unknown": "500 5.5.2 There is no such command; HELP lists those there are",
+        "timeout": "421 4.4.2 Timeout, closing the connection",
+        "internal error": "421 4.3.0 Internal error; see the server's log",
+        "errors": "421 4.7.0 Too many errors, closing the connection",
+        "logins": "421 4.7.0 Too many failed logins, closing the connection",
+        "http": "421 4.7.0 This is not a web server",
+        "unknown": "500 5.5.2 Unknown command; try HELP",
         "long": "500 5.5.2 The line is too long",
         "long answer": "500 5.5.6 The answer is too long",
-        "disk": "451 4.3.0 Our disk failed, try again later",
-        "full": "452 4.3.1 Our disk is full, try again later",
-        "mechanism": "504 5.5.4 Unknown mechanism; EHLO shows those there are",
+        "disk": "451 4.3.0 Disk failure, try again later",
+        "full": "452 4.3.1 The disk is full, try again later",
+        "mechanism": "504 5.5.4 Unknown mechanism; EHLO shows which there are",
         "cancelled": "501 5.7.0 Login cancelled",
-        "base64": "501 5.5.2 That is not base64",
-        "plain": "501 5.5.2 Send base64 of \\0name\\0password",
+        "base64": "501 5.5.2 Not base64. Send the output of: printf 'your text' | base64",
+        "plain": "501 5.5.2 Send the output of: printf '\\0name\\0password' | base64",
         "initial": "501 5.7.0 CRAM-MD5 begins with our challenge: send AUTH CRAM-MD5",
         "wrong": "535 5.7.8 Wrong name or password",
+        "blocked": "454 4.7.0 Too many failed logins at this account; wait {} seconds",
+        "login queue": "454 4.7.0 Too many logins at the same time, try again later",
     }
 
-    def setup(self):
+    server: "SMTPServer"
+
+    def setup(self) -> None:
         super().setup()
         self.esmtp = False
+        self.envelope: Envelope | None = None
+        self.content: Content | None = None  # once DATA or BDAT has begun
 
-    def finish(self):
-        self.reset()
-        super().finish()
-
-    def greeting(self):
+    def greeting(self) -> str:
         return f"220 {self.server.hostname} ESMTP smtpd_simple, ready"
 
-    def store_failed(self, what, error):
-        disk = super().store_failed(what, error)
-        return self.replies["full"] if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else disk
+    @property
+    def users(self) -> Users:
+        return self.server.store.users
 
-    def start_tls(self):
+    def store_failed(self, what: str, error: OSError) -> str:
+        disk = super().store_failed(what, error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return str(self.replies["full"]) if full else disk
+
+    def start_tls(self) -> None:
         super().start_tls()
         self.esmtp = False
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """End the mail transaction, if there is one."""
-        if self.envelope and self.envelope.arrival:
-            self.envelope.arrival.delivery.close()
-        self.envelope = None
+        if self.content:
+            self.content.delivery.close()
+        self.envelope = self.content = None
 
-    def allow(self, verb, argument):
-        if too_early := self.too_early(verb):
+    release = reset
+
+    def check_command(self, verb: str, argument: str) -> None:
+        if refusal := self.refusal_before_login(verb):
             self.skip_chunk(verb, argument)
-            raise Refused(too_early)
+            raise Refused(refusal)
         if argument and verb in self.without_argument:
-            raise Refused(f"501 5.5.4 {verb} takes nothing behind it")
+            raise Refused(f"501 5.5.4 {verb} takes no argument")
 
-    def too_early(self, verb):
+    def refusal_before_login(self, verb: str) -> str | None:
         """Return the refusal of a command that has to wait for TLS or for a login, or None."""
         if self.server.require_tls and not self.tls and verb not in self.before_tls:
-            return "530 5.7.0 STARTTLS first"
-        if self.server.require_auth and not self.user and verb in self.commands and verb not in self.before_login:
-            return "530 5.7.0 AUTH first"
+            return "530 5.7.0 Send STARTTLS first"
+        wants_login = verb in self.commands and verb not in self.before_login
+        if self.server.require_auth and not self.user and wants_login:
+            return "530 5.7.0 Log in first: AUTH"
         return None
 
-    def intercepted(self, verb, argument):
-        reply = super().intercepted(verb, argument)
+    def hook_reply(self, verb: str, argument: str) -> str | None:
+        reply = super().hook_reply(verb, argument)
         if reply is not None:
             self.skip_chunk(verb, argument)
         return reply
 
+    def may_log_in(self) -> bool:
+        return self.server.auth and super().may_log_in()
+
+    def log_in(self, name: str, check: Callable[[], str | None]) -> str:
+        return name if self.server.any_login else super().log_in(name, check)
+
     # ---- hello
 
-    def helo_(self, argument):
-        """HELO your.host.name -- say who you are, without extensions; EHLO is better"""
+    def helo_(self, argument: str) -> Reply:
         self.say_hello(argument, "HELO")
         return f"250 {self.server.hostname}"
 
-    def ehlo_(self, argument):
-        """EHLO your.host.name -- say who you are and see what this server can do"""
+    def ehlo_(self, argument: str) -> Reply:
         self.say_hello(argument, "EHLO")
         lines = [f"{self.server.hostname} greets you", *self.keywords()]
         return [f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"]
 
-    def say_hello(self, argument, verb):
-        if not re.fullmatch(HELLO, argument) or len(argument) > MAX_DOMAIN:
-            raise Refused(f"501 Write {verb} and your host's name")
+    def say_hello(self, argument: str, verb: str) -> None:
+        """Take any name: no mail is refused because of it."""
+        if not argument or len(argument.encode("utf-8", "surrogateescape")) > MAX_DOMAIN:
+            raise Refused(f"501 Write {verb} and your host's name, like this: {verb} my.host.name")
         self.helo, self.esmtp = argument, verb == "EHLO"
         self.reset()
 
-    def keywords(self):
+    def keywords(self) -> list[str]:
         """Return what EHLO shows."""
         server, limits = self.server, f"LIMITS RCPTMAX={MAX_RECIPIENTS}"
         words = ["PIPELINING", f"SIZE {server.size_limit}", "VRFY", "ETRN"]
         if server.tls and not self.tls:
             words.append("STARTTLS")
-        if self.may_log_in_here():
+        if self.may_log_in():
             words += [f"AUTH {' '.join(self.mechanisms)}", "AUTH=LOGIN PLAIN"]
-        return [*words, "ENHANCEDSTATUSCODES", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN", limits, "EXPN", "HELP"]
+        words += ["ENHANCEDSTATUSCODES", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN"]
+        return [*words, limits, "EXPN", "HELP"]
 
-    def starttls(self, argument):
-        """STARTTLS -- encrypt the session; then EHLO again"""
+    def starttls(self, argument: str) -> Reply:
         if self.tls:
             raise Refused("503 5.5.1 The session is encrypted already")
         if not self.server.tls:
-            raise Refused("502 5.5.1 There is no certificate here, so no TLS")
-        self.reply("220 2.0.0 Go ahead with TLS")
+            raise Refused("502 5.5.1 This server has no certificate, so no TLS")
+        self.reply("220 2.0.0 Start TLS now")
         self.start_tls()
+        return None
 
-    def auth(self, argument):
-        """AUTH LOGIN -- log in; name and password are asked for, in base64"""
+    def auth(self, argument: str) -> Reply:
         mechanism, *initial = argument.split() or [""]
+        if not self.server.auth:
+            raise Refused("502 5.5.1 This server has no logins")
         if self.user:
             raise Refused("503 5.5.1 You are logged in already")
         if self.envelope:
-            raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
+            raise Refused("503 5.5.1 Not inside a mail transaction; send RSET first")
         if not self.helo:
-            raise Refused("503 5.5.1 EHLO first")
-        if not self.may_log_in_here():
-            raise Refused("538 5.7.11 STARTTLS first: a password must not cross this line in clear")
+            raise Refused("503 5.5.1 Send EHLO first")
+        if not self.may_log_in():
+            raise Refused("538 5.7.11 Send STARTTLS first: passwords are not taken in clear here")
         if not mechanism or len(initial) > 1:
-            raise Refused("501 5.5.4 Write AUTH mechanism or AUTH mechanism base64")
+            raise Refused("501 5.5.4 Write AUTH LOGIN, or AUTH PLAIN and base64")
         self.user = self.sasl(mechanism, initial[0] if initial else None)
-        return "235 2.7.0 Welcome"
+        return "235 2.7.0 Logged in"
 
     # ---- the mail transaction
 
-    def mail(self, argument):
-        """MAIL FROM:<you@example.test> -- begin a message: who sends it (<> is nobody)"""
+    def mail(self, argument: str) -> Reply:
         if not self.helo:
-            raise Refused("503 5.5.1 EHLO first")
+            raise Refused("503 5.5.1 Send EHLO first")
         if self.envelope:
-            raise Refused("503 5.5.1 There is a sender already; RCPT, or RSET to begin again")
+            raise Refused("503 5.5.1 There is a sender already; RCPT TO is next, or RSET")
         sender, rest = self.path(argument, "FROM", "501 5.1.7")
         if sender and "@" not in sender:
-            raise Refused("501 5.1.7 Bad sender: write the address as <name@domain>")
-        parameters = parse_parameters(rest, MAIL_PARAMETERS if self.esmtp else {})
+            sender = f"{sender}@{self.server.hostname}"
+        parameters = parse_parameters(rest, MAIL_PARAMETERS)
         if not sender.isascii() and "SMTPUTF8" not in parameters:
             raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8")
-        if int(parameters.get("SIZE") or 0) > self.server.size_limit:
-            raise Refused(f"552 5.3.4 This server takes {self.server.size_limit} octets at most")
-        self.envelope = Envelope(sender, parameters, new_id())
+        size = int(parameters.get("SIZE") or 0)
+        if size > self.server.size_limit:
+            raise Refused(f"552 5.3.4 Messages have at most {self.server.size_limit} octets here")
+        if size and size > self.free_space():
+            raise Refused(str(self.replies["full"]))
+        self.envelope = Envelope(sender, parameters)
         return f"250 2.1.0 Sender <{sender}> ok"
 
-    def rcpt(self, argument):
-        """RCPT TO:<alice@example.test> -- who shall get it; once for each recipient"""
+    def free_space(self) -> float:
+        """Return how many octets the spool's disk has room for."""
+        import shutil
+
+        try:
+            return shutil.disk_usage(self.server.store.folder).free
+        except OSError:
+            return float("inf")
+
+    def rcpt(self, argument: str) -> Reply:
         if self.envelope is None:
-            raise Refused("503 5.5.1 MAIL first")
-        if self.envelope.arrival:
-            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or RSET")
-        if len(self.envelope.accepted) >= MAX_RECIPIENTS:
-            return f"452 4.5.3 {MAX_RECIPIENTS} recipients at most; send the message again to the others"
-        self.envelope.refused += 1  # until we know better
+            raise Refused("503 5.5.1 Send MAIL FROM first")
+        if self.content:
+            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or send RSET")
+        if not self.envelope.has_room():
+            return "452 4.5.3 Too many recipients; send the message again to the others"
+        self.envelope.refused += 1  # until it is accepted
         address, rest = self.path(argument, "TO", "501 5.1.3")
         if not address:
-            raise Refused("501 5.1.3 Bad recipient: <> is nobody")
-        parameters = parse_parameters(rest, RCPT_PARAMETERS if self.esmtp else {})
+            raise Refused("501 5.1.3 Bad recipient: <> reaches nobody; write TO:<name@domain>")
+        parameters = parse_parameters(rest, RCPT_PARAMETERS)
         orcpt, utf8 = parameters.get("ORCPT"), "SMTPUTF8" in self.envelope.parameters
         if not address.isascii() and not utf8:
-            raise Refused("553 5.6.7 An address that is not ASCII needs the parameter SMTPUTF8 at MAIL")
+            raise Refused("553 5.6.7 An address that is not ASCII needs SMTPUTF8 at MAIL")
         if orcpt and not orcpt.isascii() and not utf8:
             raise Refused("501 5.5.4 Bad value for ORCPT")
         recipient = Recipient(address, self.resolve(address), parameters.get("NOTIFY"), orcpt)
         self.envelope.accepted.append(recipient)
+        self.envelope.octets += len(argument)
         self.envelope.refused -= 1
         return f"250 2.1.5 Recipient <{address}> ok"
 
-    def path(self, argument, word, code):
+    def path(self, argument: str, word: str, code: str) -> tuple[str, str]:
         """Read `FROM:<path>` or `TO:<path>`; return the address and what follows."""
         name, colon, rest = argument.partition(":")
         if not colon or name.rstrip(" ").upper() != word:
@@ -432,221 +550,293 @@ class SMTPHandler(LineHandler):
         try:
             return parse_path(rest)
         except ValueError as error:
-            raise Refused(f"{code} Bad {'sender' if word == 'FROM' else 'recipient'}: {error}") from None
+            who = "sender" if word == "FROM" else "recipient"
+            raise Refused(f"{code} Bad {who}: {error}") from None
 
-    def resolve(self, address):
-        """Return the mailboxes that an address reaches; none means that it goes on to another host."""
-        relay, domain = self.server.relay, address.rpartition("@")[2]
-        if mailboxes := relay.mailboxes(address):
+    def resolve(self, address: str) -> list[str]:
+        """Return the mailboxes that an address reaches; none: it goes on to another host."""
+        routing, domain = self.server.relay.routing, address.rpartition("@")[2]
+        if mailboxes := routing.mailboxes(address):
             return mailboxes
-        if "@" not in address or relay.store.users.is_local(domain):
-            raise Refused(f"550 5.1.1 <{address}>: nobody of that name here")
+        if "@" not in address or self.server.store.users.is_local(domain):
+            raise Refused(f"550 5.1.1 <{address}>: no such user")
         if not self.user:
-            raise Refused(f"550 5.7.1 <{address}>: not a mailbox here; log in (AUTH) to send mail elsewhere")
-        if not relay.route(domain):
-            raise Refused(f"550 5.7.1 <{address}>: not a mailbox here, and no route leads there")
+            raise Refused(f"550 5.7.1 <{address}>: not local; log in (AUTH) to send elsewhere")
+        if not routing.next_host(domain):
+            raise Refused(f"550 5.7.1 <{address}>: not local, and there is no route to its domain")
         return []
 
-    def need_recipients(self):
+    def need_recipients(self) -> Envelope:
+        """Return the envelope; raise Refused unless it has a recipient."""
         if self.envelope is None:
-            raise Refused("503 5.5.1 MAIL first")
+            raise Refused("503 5.5.1 Send MAIL FROM first")
         if not self.envelope.accepted:
             if self.envelope.refused:
-                raise Refused("554 5.5.1 No recipient was accepted; RCPT again, or RSET")
-            raise Refused("503 5.5.1 RCPT first")
+                raise Refused("554 5.5.1 No recipient was accepted; send RCPT TO again, or RSET")
+            raise Refused("503 5.5.1 Send RCPT TO first")
+        return self.envelope
 
-    def data(self, argument):
-        """DATA -- the message: header lines, an empty line, text; then a line with only a dot"""
-        self.need_recipients()
-        if self.envelope.arrival:
-            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or RSET")
-        arrival = self.envelope.arrival = Arrival(self, self.envelope)
+    def begin_content(self, envelope: Envelope) -> Content:
+        delivery = Delivery(self.server.store, self.targets(envelope))
+        self.content = Content(delivery, self.server.size_limit)
+        return self.content
+
+    def data(self, argument: str) -> Reply:
+        envelope = self.need_recipients()
+        if self.content:
+            raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or send RSET")
+        content = self.begin_content(envelope)
         self.reply("354 Send the message; a line with only a dot ends it")
         try:
-            for block in self.content_by_line() if self.bare_lf else self.content():
-                arrival.add(block)
-            if self.server.trace:
-                self.trace_data("C", b"".join(dot_stuff([bytes(arrival.shown)])), arrival.octets)
-            return arrival.finish()
+            for block in self.read_lines() if self.bare_lf else self.read_data():
+                content.add(block)
+            return self.finish_content(envelope, content)
         finally:
             self.reset()
 
-    def content(self):
+    def read_data(self) -> Iterator[bytes]:
         """Yield the message that follows DATA, un-stuffed; put back what comes behind its end."""
-        rest, begun = b"\r\n", False
+        rest, begun, trace = b"\r\n", False, self.trace_data("C")
         for block in self.reader.blocks(self.server.timeout, READ_BLOCK):
             content, rest, ended = dot_unstuff(rest + block)
+            if trace:
+                trace.feed(block[: len(block) - len(rest)] if ended else block)
             if content:
                 yield content if begun else content[2:]
                 begun = True
+            del content
             if ended:
-                self.reader.buffer[:0] = rest
-                return
+                break
+        if trace:
+            trace.end()
+        self.reader.buffer[:0] = rest
 
-    def content_by_line(self):
-        """The same in a session whose lines end in LF: somebody types into netcat, so speed does not matter."""
-        line_start = True
+    def read_lines(self) -> Iterator[bytes]:
+        """Yield the same in a session whose lines end in LF, so the line with the dot does, too.
+
+        Somebody types into netcat, so speed does not matter.
+        """
+        line_start, trace = True, self.trace_data("C")
         while True:
             line = self.reader.readline(READ_BLOCK, self.server.timeout)
+            if trace:
+                trace.feed(line)
             if line_start and line in (b".\n", b".\r\n"):
-                return
+                break
             yield line.removeprefix(b".") if line_start else line
             line_start = line.endswith(b"\n")
+        if trace:
+            trace.end()
 
-    def bdat(self, argument):
-        """BDAT 1000 LAST -- a message, or a piece of it, of so many octets, which follow at once"""
+    def bdat(self, argument: str) -> Reply:
         size, last = self.chunk(argument)
         try:
-            self.need_recipients()
+            envelope = self.need_recipients()
         except Refused:
             self.skip_chunk("BDAT", argument)
             raise
-        arrival = self.envelope.arrival = self.envelope.arrival or Arrival(self, self.envelope)
-        for block in self.read_chunk(size):
-            arrival.add(block)
-        if not arrival.refusal and not last:
+        content = self.content or self.begin_content(envelope)
+        try:
+            for block in self.read_chunk(size):
+                content.add(block)
+        except BaseException:
+            self.reset()
+            raise
+        if not content.refusal and not content.fault and not last:
             return f"250 2.0.0 {size} octets taken"
         try:
-            self.trace_data("C", arrival.shown, arrival.octets)
-            return arrival.refusal or arrival.finish()
+            return self.finish_content(envelope, content)
         finally:
             self.reset()
 
-    def chunk(self, argument):
+    def chunk(self, argument: str) -> tuple[int, bool]:
         """Read `size [LAST]` (RFC 3030 2)."""
         match = re.fullmatch(r"([0-9]{1,20})(?: +(LAST))?", argument, re.IGNORECASE | re.ASCII)
         if not match:
             raise Refused("501 5.5.4 Write BDAT size or BDAT size LAST")
         return int(match[1]), bool(match[2])
 
-    def read_chunk(self, size):
+    def read_chunk(self, size: int) -> Iterator[bytes]:
         """Yield the octets of a chunk."""
         blocks = self.reader.blocks(self.server.timeout, READ_BLOCK)
+        trace = self.trace_data("C")
         while size:
             block = self.reader.take(min(size, READ_BLOCK)) or next(blocks)
             if len(block) > size:
                 block, self.reader.buffer[:0] = block[:size], block[size:]
             size -= len(block)
+            if trace:
+                trace.feed(block)
             yield block
+        if trace:
+            trace.end()
 
-    def skip_chunk(self, verb, argument):
-        """Read a chunk that comes with a refused BDAT: it is no command."""
+    def skip_chunk(self, verb: str, argument: str) -> None:
+        """Read the chunk of a refused BDAT: it contains no commands."""
         if verb == "BDAT":
             for _ in self.read_chunk(self.chunk(argument)[0]):
                 pass
 
-    def rset(self, argument):
-        """RSET -- forget the message that has begun"""
+    def rset(self, argument: str) -> Reply:
         self.reset()
         return "250 2.0.0 Ok"
 
-    # ---- what becomes of the message
+    # ---- the end of a message
 
-    def copies(self, envelope):
-        """Return a copy per mailbox, each with its trace fields, and one for the queue if any of it goes elsewhere."""
-        received, copies = self.received(envelope), {}
+    def finish_content(self, envelope: Envelope, content: Content) -> str:
+        """Put the message on disk and return the reply to its end."""
+        content.end()
+        if content.line_ends.bare and not self.bare_lf:
+            self.log("%s: %d bare CR or LF made CRLF", envelope.id, content.line_ends.bare)
+        if content.fault and not content.refusal:
+            return self.store_failed(envelope.id, content.fault)
+        if reply := content.refusal or self.hook_reply(".", ""):
+            return reply
+        entry = self.queue_entry(envelope)
+        published = functools.partial(self.call_on_message, envelope)
+        try:
+            paths = content.delivery.commit(entry, published if self.server.on_message else None)
+        except OSError as error:
+            return self.store_failed(envelope.id, error)
+        to = ", ".join(envelope.recipients)
+        stored = envelope.id, envelope.sender, to, content.octets
+        self.log("queued as %s from <%s> to %s, %d octets", *stored)
+        self.report_success(envelope, paths[0])
+        return f"250 2.0.0 Ok: queued as {envelope.id}"
+
+    def targets(self, envelope: Envelope) -> list[Target]:
+        """Return a copy per mailbox, and one for the queue if any of it goes elsewhere."""
+        received, targets = self.received(envelope), {}
         for recipient in envelope.accepted:
             for mailbox in recipient.mailboxes:
-                if mailbox not in copies:
-                    head = trace_fields(envelope.sender, mailbox, recipient.address, received)
-                    copies[mailbox] = Target(self.server.store.mailbox(mailbox), head)
+                if mailbox not in targets:
+                    targets[mailbox] = self.server.store.mailbox_target(
+                        mailbox, envelope.sender, recipient.address, received
+                    )
+        found = list(targets.values())
         if not all(recipient.mailboxes for recipient in envelope.accepted):
-            copies[None] = Target(self.server.store.queue_folder, received.encode(), envelope.id)
-        return list(copies.values())
+            found.append(Target(self.server.store.queue_folder, received.encode(), envelope.id))
+        return found
 
-    def received(self, envelope):
-        """Return the trace field of this hop (RFC 5321 4.4, `with` by RFC 3848 and RFC 6531 4.3)."""
+    def received(self, envelope: Envelope) -> str:
+        """Return this hop's trace field (RFC 5321 4.4, `with` by RFC 3848 and RFC 6531 4.3)."""
         protocol = "S" * self.tls + "A" * bool(self.user)
-        protocol = ("UTF8SMTP" if "SMTPUTF8" in envelope.parameters else "ESMTP") + protocol
+        utf8 = "SMTPUTF8" in envelope.parameters
+        protocol = ("UTF8SMTP" if utf8 else "ESMTP") + protocol
         if not self.esmtp and protocol == "ESMTP":
             protocol = "SMTP"
-        ip = f"IPv6:{self.peer[0]}" if ":" in self.peer[0] else self.peer[0]
-        only = f"\r\n\tfor <{envelope.accepted[0].address}>" if len(envelope.accepted) == 1 else ""
-        by = f"\tby {self.server.hostname} with {protocol} id {envelope.id}{only}; {mail_date(time.time())}\r\n"
-        return f"Received: from {self.helo} ([{ip}])\r\n{by}"
+        ip = self.peer[0].partition("%")[0]
+        ip = f"IPv6:{ip}" if ":" in ip else ip
+        name = f"{self.helo} ([{ip}])"
+        if not HELO_NAME.fullmatch(self.helo):
+            name = f"[{ip}] (HELO {escape_comment(printable(self.helo)[:200])})"
+        only = len(envelope.accepted) == 1
+        whom = f"\r\n\tfor <{envelope.accepted[0].address}>" if only else ""
+        by = f"by {self.server.hostname} with {protocol} id {envelope.id}{whom}"
+        return f"Received: from {name}\r\n\t{by}; {mail_date(time.time())}\r\n"
 
-    def queue_entry(self, envelope):
-        """Return the queue's record of a message for other hosts, or None when all of it stays here."""
-        remote = {recipient.address: recipient for recipient in envelope.accepted if not recipient.mailboxes}
-        return new_entry(envelope.id, envelope.sender, list(remote.values()), envelope.parameters) if remote else None
+    def queue_entry(self, envelope: Envelope) -> QueueEntry | None:
+        """Return the queue's record of a message for other hosts; None: all of it stays here."""
+        remote = {r.address: r for r in envelope.accepted if not r.mailboxes}
+        if not remote:
+            return None
+        queued = [QueuedRecipient(r.address, r.notify, r.orcpt) for r in remote.values()]
+        return QueueEntry(envelope.id, envelope.sender, envelope.parameters, queued)
 
-    def stored(self, envelope, octets, paths):
-        """Tell everybody who wants to know that a message is on disk."""
-        server, to = self.server, ", ".join(envelope.recipients)
-        self.log("queued as %s from <%s> to %s, %d octets", envelope.id, envelope.sender, to, octets)
-        if server.on_message:
+    def call_on_message(self, envelope: Envelope, paths: list[str]) -> None:
+        """Call the embedding program's hook for each file; the mail is stored, whatever it does."""
+        assert self.server.on_message
+        for path in paths:
             try:
-                server.on_message(envelope, paths[0])
-            except Exception:
+                self.server.on_message(envelope, path)
+            except BaseException as error:
+                if isinstance(error, Disconnect):
+                    raise
                 self.log_error("on_message", traceback=True)
-        done = [r for r in envelope.accepted if r.mailboxes and wants(r.notify, "SUCCESS")]
-        # Nothing leaves the machine for somebody who has not logged in: a sender's address proves nothing.
-        if done and (self.user or server.relay.mailboxes(envelope.sender)):
-            entry = new_entry(envelope.id, envelope.sender, done, envelope.parameters)
-            for recipient in entry["recipients"]:
-                recipient.update(action="delivered", status="2.0.0", error="")
-            with contextlib.suppress(OSError):  # logged; the message itself is safe
-                server.relay.report(entry, entry["recipients"], "", paths[0])
+
+    def report_success(self, envelope: Envelope, path: str) -> None:
+        """Report to a sender who asked for it (NOTIFY=SUCCESS) that a message was delivered."""
+        done = []
+        for recipient in envelope.accepted:
+            if recipient.mailboxes and recipient.notify:
+                record = QueuedRecipient(recipient.address, recipient.notify, recipient.orcpt)
+                record.action, record.status = "delivered", "2.0.0"
+                if record.wants("SUCCESS"):
+                    done.append(record)
+        relay = self.server.relay
+        if done and (self.user or relay.routing.may_report_to(envelope.sender)):
+            entry = QueueEntry(envelope.id, envelope.sender, envelope.parameters, done)
+            with contextlib.suppress(OSError):  # it is logged; the message itself is safe
+                relay.report(entry, done, path)
 
     # ---- questions
 
-    def vrfy(self, argument):
-        """VRFY alice@example.test -- is there such a mailbox?"""
-        name, utf8 = self.asked_name(argument, "VRFY")
-        if not self.may_ask():
+    def vrfy(self, argument: str) -> Reply:
+        name, utf8 = self.vrfy_argument(argument, "VRFY")
+        if not self.may_query():
             return "252 2.5.0 Send a message and see"
-        users, relay, domain = self.server.store.users, self.server.relay, name.rpartition("@")[2]
+        users, routing = self.server.store.users, self.server.relay.routing
+        domain = name.rpartition("@")[2]
         elsewhere = "@" in name and not users.is_local(domain)
-        found = relay.mailboxes(name)[:1] if elsewhere else users.find(name)
-        if elsewhere and not found and relay.route(domain):
+        found = routing.mailboxes(name)[:1] if elsewhere else users.lookup(name)
+        if elsewhere and not found and routing.next_host(domain):
             return "252 2.5.0 Not a mailbox here; send a message and see"
         if not found:
-            raise Refused("550 5.1.1 Nobody of that name here")
+            raise Refused("550 5.1.1 No such user")
         if len(found) > 1:
-            raise Refused("553 5.1.4 More than one has that name; VRFY name@domain")
-        self.needs_utf8(found, utf8)
-        return f"250 2.1.5 <{found[0]}>"
+            raise Refused("553 5.1.4 More than one has this name; write VRFY name@domain")
+        return self.answer_query([f"250 2.1.5 <{found[0]}>"], utf8)
 
-    def expn(self, argument):
-        """EXPN staff@example.test -- who is on that list?"""
-        name, utf8 = self.asked_name(argument, "EXPN")
-        if not self.may_ask():
-            raise Refused("550 5.7.1 Only for those who have logged in")
+    def expn(self, argument: str) -> Reply:
+        name, utf8 = self.vrfy_argument(argument, "EXPN")
+        if not self.may_query():
+            raise Refused("550 5.7.1 Log in first (AUTH)")
         members = self.server.store.users.members(name)
         if members is None:
-            raise Refused("550 5.1.1 No list of that name here")
-        self.needs_utf8(members, utf8)
-        return [f"250-2.1.5 <{member}>" for member in members[:-1]] + [f"250 2.1.5 <{members[-1]}>"]
+            raise Refused("550 5.1.1 No such list")
+        lines = [f"250-2.1.5 <{member}>" for member in members]
+        return self.answer_query([*lines[:-1], lines[-1].replace("-", " ", 1)], utf8)
 
-    def asked_name(self, argument, verb):
-        """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 stands behind it (RFC 6531 3.7.4.2)."""
-        name, _, word = argument.rpartition(" ") if argument.upper().endswith(" SMTPUTF8") else (argument, "", "")
-        name = name.strip()
-        name = name[name.rfind("<") + 1 : -1] if name.endswith(">") else name  # with or without who it is
+    def vrfy_argument(self, argument: str, verb: str) -> tuple[str, bool]:
+        """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 follows it.
+
+        (RFC 6531 3.7.4.2.)
+        """
+        utf8 = argument.upper().endswith(" SMTPUTF8")
+        name = argument[:-9].strip() if utf8 else argument
+        if name.endswith(">"):
+            name = name[name.rfind("<") + 1 : -1]
         if not name or not name.isprintable() or name.upper() == "SMTPUTF8":
             raise Refused(f"501 5.5.4 Write {verb} name or {verb} name@domain")
-        with contextlib.suppress(ValueError):  # quotes and a route don't count
-            name = parse_path(f"<{name}>" if "@" in name else f"<{name}@x>")[0].removesuffix("@x")
-        return name, bool(word)
+        with contextlib.suppress(ValueError):  # quotes and a source route don't count
+            name = parse_path(f"<{name}>")[0]
+        return name, utf8
 
-    def needs_utf8(self, addresses, offered):
-        if not offered and not "".join(addresses).isascii():
+    def answer_query(self, lines: list[str], utf8: bool) -> Reply:
+        """Answer with addresses, in UTF-8 if the client has asked for it."""
+        if "".join(lines).isascii():
+            return lines
+        if not utf8:
             raise Refused("553 5.6.8 The answer is not ASCII; ask again with SMTPUTF8")
+        for line in lines:
+            self.trace("S", line)
+        self.write("\r\n".join([*lines, ""]).encode())
+        return None
 
-    def may_ask(self):
+    def may_query(self) -> bool:
         return bool(self.user) or is_loopback(self.peer[0])
 
-    def etrn(self, argument):
-        """ETRN example.net -- try now what waits for that host; @example.net for a domain and below, # for all"""
-        relay, node = self.server.relay, argument.lower()
+    def etrn(self, argument: str) -> Reply:
+        routing, node = self.server.relay.routing, canonical(argument)
         if self.envelope:
-            raise Refused("503 5.5.1 Not inside a mail transaction; RSET first")
-        if not re.fullmatch(NODE, node) or not node.isprintable() or len(node) > MAX_DOMAIN:
+            raise Refused("503 5.5.1 Not inside a mail transaction; send RSET first")
+        good = NODE.fullmatch(node) and node.isprintable() and len(node.encode()) <= MAX_DOMAIN
+        if not good:
             raise Refused("501 5.5.4 Write ETRN host, ETRN @domain or ETRN #")
-        if not self.may_ask() or not relay.leads_to(node):
-            return f"459 4.7.1 {node} not allowed: no route leads there, or you have to log in"
+        if not self.may_query() or not routing.serves_node(node):
+            return f"459 4.7.1 {node} not allowed: no route to it, or you have to log in"
         try:
-            waiting = relay.waiting_for(node)
+            waiting = self.server.relay.waiting_for(node)
             if not waiting:
                 return f"251 2.0.0 No messages waiting for {node}"
             self.server.store.ask_for_start(node)
@@ -655,38 +845,38 @@ class SMTPHandler(LineHandler):
             return f"458 4.3.0 Unable to start {node}"
         if node == "#":
             return "250 2.0.0 Started all of the queue"
-        return f"253 2.0.0 {in_words(waiting)} waiting for {node} started"
+        return f"253 2.0.0 {count_messages(waiting)} waiting for {node} started"
 
-    def help(self, argument):
-        """HELP MAIL -- explain one command; HELP alone lists them"""
-        function = self.commands.get(argument.upper())
-        if argument and not function:
-            raise Refused("504 5.5.4 There is no such command; HELP lists those there are")
-        if function:
-            line, _, meaning = function.__doc__.partition(" -- ")
+    def help(self, argument: str) -> Reply:
+        verb = argument.upper()
+        if argument and verb not in self.help_texts:
+            raise Refused("504 5.5.4 No such command; HELP lists them")
+        if argument:
+            line, meaning = self.help_texts[verb]
             return [f"214-2.0.0 {line}", f"214 2.0.0 {meaning}"]
-        here = [verb for verb in self.commands if verb != "STARTTLS" or self.server.tls]
-        lines = [f"Commands: {' '.join(here)}", f"Now: {' '.join(self.sensible())}"]
-        return [f"214-2.0.0 {line}" for line in lines] + ["214 2.0.0 HELP MAIL explains MAIL, and so on"]
+        here = [v for v in self.commands if v != "STARTTLS" or self.server.tls]
+        here = [v for v in here if v != "AUTH" or self.server.auth]
+        lines = [f"Commands: {' '.join(here)}", f"Now: {' '.join(self.next_commands())}"]
+        lines.append("HELP MAIL explains MAIL, and so on; QUIT ends the session")
+        return [f"214-2.0.0 {line}" for line in lines[:-1]] + [f"214 2.0.0 {lines[-1]}"]
 
-    def sensible(self):
-        """Return the commands that lead on from here."""
-        always = ["NOOP", "QUIT"]
+    def next_commands(self) -> list[str]:
+        """Return the commands that make sense now."""
+        always = ["HELP", "NOOP", "RSET", "QUIT"]
+        upgrade = ["STARTTLS"] if self.server.tls and not self.tls else []
         if not self.helo:
-            return ["EHLO", "HELO", *always]
+            return ["EHLO", "HELO", *upgrade, *always]
         if self.envelope:
             ready = ["DATA", "BDAT"] if self.envelope.accepted else []
-            return (["BDAT"] if self.envelope.arrival else ["RCPT", *ready]) + ["RSET", *always]
-        upgrade = ["STARTTLS"] if self.server.tls and not self.tls else []
-        login = ["AUTH"] if not self.user and self.may_log_in_here() else []
-        return [v for v in [*upgrade, *login, "MAIL", "VRFY", "EXPN", "ETRN", *always] if not self.too_early(v)]
+            return [*(["BDAT"] if self.content else ["RCPT", *ready]), *always]
+        login = ["AUTH"] if not self.user and self.may_log_in() else []
+        verbs = [*upgrade, *login, "MAIL", "VRFY", "EXPN", "ETRN", *always]
+        return [verb for verb in verbs if not self.refusal_before_login(verb)]
 
-    def noop(self, argument):
-        """NOOP -- nothing, politely"""
+    def noop(self, argument: str) -> Reply:
         return "250 2.0.0 Ok"
 
-    def quit(self, argument):
-        """QUIT -- good bye"""
+    def quit(self, argument: str) -> Reply:
         raise Quit("quit", "221 2.0.0 Good bye")
 
     commands = {
@@ -706,22 +896,46 @@ class SMTPHandler(LineHandler):
         "NOOP": noop,
         "QUIT": quit,
     }
+    help_texts = {
+        "HELO": ("HELO your.host.name", "say who you are, without extensions; EHLO is better"),
+        "EHLO": ("EHLO your.host.name", "say who you are and see what this server can do"),
+        "STARTTLS": ("STARTTLS", "encrypt the session; then EHLO again"),
+        "AUTH": ("AUTH LOGIN", "log in; name and password are asked for, in base64"),
+        "MAIL": ("MAIL FROM:<you@example.test>", "begin a message: who sends it (<> is nobody)"),
+        "RCPT": ("RCPT TO:<alice@example.test>", "who shall get it; once for each recipient"),
+        "DATA": ("DATA", "header lines, an empty line, text; then a line with only a dot"),
+        "BDAT": ("BDAT 1000 LAST", "a message, or a piece of it, of so many octets"),
+        "RSET": ("RSET", "forget the message that has begun"),
+        "VRFY": ("VRFY alice@example.test", "is there such a mailbox?"),
+        "EXPN": ("EXPN staff@example.test", "who is on that list?"),
+        "ETRN": ("ETRN example.net", "send what waits for that host; @example.net, # for all"),
+        "HELP": ("HELP MAIL", "explain one command; HELP alone lists them"),
+        "NOOP": ("NOOP", "nothing, politely"),
+        "QUIT": ("QUIT", "good bye"),
+    }
     without_argument = {"STARTTLS", "DATA", "RSET", "QUIT"}
     before_tls = {"EHLO", "STARTTLS", "NOOP", "QUIT"}  # RFC 3207 4
-    before_login = {"HELO", "EHLO", "STARTTLS", "AUTH", "NOOP", "RSET", "HELP", "QUIT"}  # RFC 4954 6
+    # RFC 4954 6
+    before_login = {"HELO", "EHLO", "STARTTLS", "AUTH", "NOOP", "RSET", "HELP", "QUIT"}
 
 
-# ---------------------------------------------------------------- the server and the command line
+# ---------------------------------------------------------------- the server
 
 
 class SMTPServer(LineServer):
     """One SMTP listener on `address`, (host, port); port 0 takes a free one.  `with` serves.
 
-    Keywords, besides those of LineServer: `require_auth`, `size_limit` (octets), `relay` ("host:port", or a Relay to
-    share, which its maker stops), `route` (a dict of domain to "host:port", or a list of "domain=host:port"),
-    `relay_options` (keywords of Relay), `on_message(envelope, path)` (called when a message is on disk, before its 250)
-    and `intercept(session, verb, argument)`, which sees each command first, "CONNECT" before the greeting and "." at
-    the end of a message: a string that it returns is the reply, raising Disconnect drops the line.
+    As the program's options of these names: `hostname`, `tls_cert`, `tls_key`, `tls_self_signed`,
+    `require_tls`, `require_auth`, `any_login`, `catch_all` (an address, or True for the first
+    account), `size_limit` (octets), `max_connections`, `timeout` (seconds), `relay`, `route` (a
+    dict of domain to "host:port", or a list of "domain=host:port") and `trace`.
+
+    Besides: `auth=False` (no AUTH at all), `implicit_tls` (TLS from the first octet),
+    `max_per_address` (sessions of one client address), `relay` as a Relay to share, which its maker
+    stops, `relay_options` (keywords of Relay), `on_message(envelope, path)`, called for each file
+    once a message is on disk and before its 250, and `intercept(session, verb, argument)`, which
+    sees each command first, "CONNECT" before the greeting and "." at the end of a message: a string
+    that it returns is the reply, raising Disconnect drops the connection.
     """
 
     def __init__(
@@ -729,89 +943,118 @@ class SMTPServer(LineServer):
         address: tuple[str, int],
         store: Store,
         *,
+        hostname: str | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        tls_self_signed: bool = False,
+        implicit_tls: bool = False,
+        require_tls: bool = False,
         require_auth: bool = False,
+        auth: bool = True,
+        any_login: bool = False,
+        catch_all: str | bool | None = None,
         size_limit: int = MAX_SIZE,
-        relay: "str | Relay | None" = None,
-        route: "dict[str, str] | list[str] | None" = None,
-        relay_options: dict | None = None,
-        on_message=None,
-        **options,
+        max_connections: int = 1000,
+        max_per_address: int | None = None,
+        timeout: float | None = None,
+        relay: str | Relay | None = None,
+        route: dict[str, str] | list[str] | None = None,
+        relay_options: dict[str, Any] | None = None,
+        trace: bool | Trace = False,
+        on_message: Callable[[Envelope, str], object] | None = None,
+        intercept: Callable[[SMTPHandler, str, str], str | None] | None = None,
     ):
-        self.require_auth, self.size_limit, self.on_message = require_auth, size_limit, on_message
+        check_option("store", store, Store)
+        self.store = store
+        hostname = check_hostname(store.host if hostname is None else hostname)
+        self.set_policy(require_auth, auth, any_login, size_limit, on_message)
+        self.set_relay(hostname, relay, route, relay_options)
+        if catch_all is not None:
+            store.set_catch_all(catch_all)
+        if tls_self_signed:
+            tls_cert, tls_key = self_signed(store.folder, hostname)
+        tls = TLSOptions(tls_cert, tls_key, implicit_tls, require_tls)
+        limits = Limits(max_connections, max_per_address, timeout)
+        super().__init__(address, SMTPHandler, hostname, tls, limits, trace, intercept)
+
+    def set_policy(
+        self, require_auth: bool, auth: bool, any_login: bool, size_limit: int, on_message: Any
+    ) -> None:
+        """Take the options of who may send what."""
+        check_option("require_auth", require_auth, bool)
+        check_option("auth", auth, bool)
+        check_option("any_login", any_login, bool)
+        check_option("size_limit", size_limit, int, least=1)
+        check_option("on_message", on_message, Callable, NoneType)
+        if not auth and (require_auth or any_login):
+            raise ValueError("auth: require_auth and any_login need logins")
+        self.require_auth = require_auth
+        self.auth = auth
+        self.any_login = any_login
+        self.size_limit = size_limit
+        self.on_message: Callable[[Envelope, str], object] | None = on_message
+
+    def set_relay(self, hostname: str, relay: Any, route: Any, options: Any) -> None:
+        """Take the Relay to share, or make one."""
+        check_option("relay", relay, str, Relay, NoneType)
+        check_option("relay_options", options, dict, NoneType)
         self.owns_relay = not isinstance(relay, Relay)
+        if not self.owns_relay and (route or options):
+            raise ValueError("route, relay_options: give them to the Relay that is shared")
         if self.owns_relay:
-            hostname = options.get("hostname") or store.host
-            relay = Relay(store, hostname, relay, as_routes(route), **(relay_options or {}))
-        self.relay = relay
-        super().__init__(address, SMTPHandler, store, **options)
+            relay = Relay(self.store, hostname, relay, as_routes(route), **(options or {}))
+        self.relay: Relay = relay
+        if self.any_login and relay.routing.serves_node("#"):
+            raise ValueError("any_login: with a route anybody could send mail to anywhere")
+
+    def __enter__(self) -> "SMTPServer":
+        self.start()
+        return self
 
     def start(self) -> None:
+        """Begin to serve, and to work on the queue; RuntimeError when the server was stopped."""
         super().start()
         self.relay.start()
 
     def begin_stop(self) -> None:
         super().begin_stop()
-        if self.owns_relay:
+        if self.owns_relay and self.stopping.is_set():
             self.relay.begin_stop()
 
-    def server_close(self, seconds: float = lineserver.STOPPING) -> None:
-        super().server_close(seconds)
-        if self.owns_relay:
+    def stop(self, seconds: float = STOP_TIMEOUT) -> None:
+        """Stop and close; sessions that are storing something get `seconds` to finish."""
+        super().stop(seconds)
+        if self.owns_relay and self.stopping.is_set():
             self.relay.stop()
-
-
-def parse_arguments(argv: list[str] | None):
-    """Read the command line; end the program when it is wrong."""
-    import startup_simple
-
-    about, tls_ports = "A small mail server: SMTP in, POP3 out.", [("--smtps-port", 1465), ("--pop3s-port", 1995)]
-    parser = startup_simple.option_parser("smtpd_simple.py", about, 1025, tls_ports)
-    add = parser.add_argument
-    port = startup_simple.port_number
-    add("--pop3", type=port, nargs="?", const=1110, metavar="PORT", help="serve POP3 as well (port %(const)s)")
-    add("--require-auth", action="store_true", help="no mail and no questions before a login")
-    add(
-        "--size-limit",
-        type=startup_simple.positive,
-        default=MAX_SIZE,
-        metavar="BYTES",
-        help="of a message (%(default)s)",
-    )
-    add("--relay", metavar="HOST[:PORT]", help="next host for what is not local, from users who logged in")
-    add("--route", action="append", metavar="DOMAIN=HOST[:PORT]", help="next host for one domain; may be repeated")
-    add("--intercept", metavar="FILE.py", help="a file whose intercept(session, verb, argument) may answer")
-    add("--no-sync", action="store_true", help="acknowledge mail before the disk has it")
-    args = parser.parse_args(argv)
-    startup_simple.check_options(parser, args)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the server as the command line says; return the exit status."""
     import startup_simple
 
-    args = parse_arguments(argv)
-    return startup_simple.exit_status("smtpd_simple.py", lambda: serve(args))
+    args = startup_simple.parse_arguments(argv, "SMTP")
+    return startup_simple.run_program(args, make_servers)
 
 
-def serve(args) -> int:
-    """Open the listeners that the options name, and serve; raise ValueError or OSError."""
-    import startup_simple
-
-    options, listen, host = startup_simple.shared_options(args), startup_simple.listen, args.host
-    options["intercept"] = None if args.intercept is None else startup_simple.load_intercept(args.intercept)
-    store = Store(args.spool, users_file(args.users), sync=not args.no_sync)
-    smtp = {"require_auth": args.require_auth, "size_limit": args.size_limit, **options}
-    servers = [listen(SMTPServer, (host, args.port), store, relay=args.relay, route=args.route, **smtp)]
+def make_servers(args: "Namespace", store: Store, options: dict[str, Any]) -> list[LineServer]:
+    """Open the listeners that the options name; raise ValueError or OSError."""
+    smtp = {name: getattr(args, name) for name in ("require_auth", "any_login", "size_limit")}
+    smtp |= options
+    catch_all, route = args.catch_all, args.route
+    first = SMTPServer(
+        (args.host, args.port), store, relay=args.relay, route=route, catch_all=catch_all, **smtp
+    )
+    servers: list[LineServer] = [first]
     if args.smtps_port is not None:
-        shared = {"relay": servers[0].relay, "implicit_tls": True}
-        servers.append(listen(SMTPServer, (host, args.smtps_port), store, **shared, **smtp))
+        address = args.host, args.smtps_port
+        servers.append(SMTPServer(address, store, relay=first.relay, implicit_tls=True, **smtp))
     for port, implicit_tls in ((args.pop3, False), (args.pop3s_port, True)):
         if port is not None:
             from pop3d_simple import POP3Server
 
-            servers.append(listen(POP3Server, (host, port), store, implicit_tls=implicit_tls, **options))
-    return startup_simple.run(servers, args.processes, startup_simple.notice(store, servers))
+            address = args.host, port
+            servers.append(POP3Server(address, store, implicit_tls=implicit_tls, **options))
+    return servers
 
 
 if __name__ == "__main__":

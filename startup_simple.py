@@ -1,196 +1,362 @@
-"""What the two programs do at start and end: options, log, signals, processes; only their main() imports it."""
+"""What the two programs do at start and end: options, log, signals, processes.
 
+Only their main() imports this module; a program that embeds the servers never does.  Read it in
+this order: `run_program`, `serve`, `supervise`; then the options.
+"""
+
+import argparse
 import contextlib
-import functools
+import io
+import itertools
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from lineserver import STOPPING, VERSION, LineServer, is_loopback, show_address
-from store import Store
+from lineserver import (
+    STOP_TIMEOUT,
+    VERSION,
+    LineHandler,
+    LineServer,
+    clock,
+    is_loopback,
+    printable,
+    show_address,
+    timestamp,
+)
+from store import Store, users_file
 
 ENDING = {signal.SIGINT, signal.SIGTERM}
+RELOAD = getattr(signal, "SIGHUP", None)  # Windows has none
+RESTART_PAUSE = 0.1  # seconds before a dead worker process is replaced
+THREAD_STACK = 256 * 1024  # octets: the depth of a session is known, and there may be thousands
+
+MakeServers = Callable[[argparse.Namespace, Store, dict[str, Any]], list[LineServer]]
 
 
-# ---------------------------------------------------------------- the command line that both programs share
+def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
+    """Open the listeners, serve until a signal; return the exit status.
+
+    A fault is one line on stderr, and 2 (options, users file) or 1.
+    """
+    take_descriptors()
+    try:
+        store = Store(args.spool, users_file(args.users), sync=not getattr(args, "no_sync", False))
+        servers = make_servers(args, store, server_options(args))
+        serve(args, store, servers)
+    except ValueError as error:
+        print(f"{args.program}: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, MemoryError) as error:
+        name = getattr(error, "filename", None)
+        where = "" if name is None else f"{name or 'an empty name'}: "
+        what = getattr(error, "strerror", None) or error
+        print(f"{args.program}: {printable(f'{where}{what}')}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def option_parser(program: str, about: str, port: int, tls_ports: list[tuple[str, int]]):
-    """Return an argparse parser with the options that both programs have."""
-    import argparse
+def serve(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
+    """Announce the listeners and serve until SIGINT or SIGTERM."""
+    log_to_stderr(servers)
+    block_signals()
+    threading.stack_size(THREAD_STACK)
+    warn_of_demo_passwords(store, servers)
+    if args.processes == 1:
+        pin_to_cpu(os.getpid())
+        start(servers)
+        announce(args, store, servers)
+        serve_here(store, servers)
+    else:
+        supervise(args, store, servers)
 
+
+# ---------------------------------------------------------------- options
+
+
+def parse_arguments(argv: list[str] | None, protocol: str) -> argparse.Namespace:
+    """Read the command line of the program for SMTP or POP3; end the program when it is wrong."""
+    open_standard_descriptors()
+    smtp = protocol == "SMTP"
+    program = os.path.basename(sys.argv[0]) or f"{protocol.lower()}d"
+    about = (
+        "A small mail server: SMTP in, POP3 out." if smtp else "A POP3 server on a Maildir spool."
+    )
     parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
-    parser.print_usage = lambda *_: None  # a mistake gets one line, which says what it is
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="H", help="where to listen (%(default)s)")
-    add("--port", type=port_number, default=port, metavar="P", help="port; 0 takes a free one (%(default)s)")
-    for flag, usual in tls_ports:
-        add(flag, type=port_number, nargs="?", const=usual, metavar="P", help=f"TLS from the first byte ({usual})")
-    add("--users", default=None, metavar="FILE", help="accounts (users.txt, else the one beside this program)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="address or name to listen on (%(default)s)",
+    )
+    port = 1025 if smtp else 1110
+    add("--port", type=port_number, default=port, metavar="P", help="0: a free one (%(default)s)")
+    if smtp:
+        add_smtp_options(add)
+    tls_port = "port for TLS from the first octet (%(const)s)"
+    add("--pop3s-port", type=port_number, nargs="?", const=1995, metavar="P", help=tls_port)
+    add("--users", metavar="FILE", help="accounts (users.txt, else the one beside this program)")
     add("--spool", default="spool", metavar="DIR", help="where mail is kept (%(default)s)")
-    add("--hostname", metavar="NAME", help="our name in the greeting and in mail (this machine's)")
+    add("--hostname", metavar="NAME", help="our name in greetings and mail (this machine's)")
     add("--tls-cert", metavar="FILE", help="certificate (PEM) for TLS; needs --tls-key")
     add("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
-    add("--tls-self-signed", action="store_true", help="make a certificate with the openssl program, once")
-    add("--require-tls", action="store_true", help="nothing but the TLS upgrade works in clear")
-    add("--max-connections", type=positive, default=1000, metavar="N", help="per process and port (%(default)s)")
-    add("--timeout", type=positive, metavar="SECONDS", help="for a line to arrive (SMTP 300, POP3 600)")
-    add("--processes", type=positive, default=1, metavar="N", help="that share the work, a core each (%(default)s)")
+    add("--tls-self-signed", action="store_true", help="make a certificate with openssl, once")
+    clear = "refuse everything except STARTTLS/STLS until the connection is encrypted"
+    add("--require-tls", action="store_true", help=clear)
+    sessions = "sessions at a time, for each process and port (%(default)s)"
+    add("--max-connections", type=positive, default=1000, metavar="N", help=sessions)
+    line = "time for a line to arrive (SMTP 300, POP3 600)"
+    add("--timeout", type=positive, metavar="SECONDS", help=line)
+    add("--processes", type=positive, default=1, metavar="N", help="worker processes (%(default)s)")
     add("--trace", action="store_true", help="show every line of every dialogue on stderr")
     add("--version", action="version", version=f"%(prog)s {VERSION}")
-    return parser
+    args = parser.parse_args(argv)
+    args.program = program
+    check_options(parser, args)
+    return args
+
+
+def add_smtp_options(add: Callable[..., object]) -> None:
+    """Add the options that only the SMTP program has."""
+    tls_port = "port for SMTP with TLS from the first octet (%(const)s)"
+    add("--smtps-port", type=port_number, nargs="?", const=1465, metavar="P", help=tls_port)
+    pop3 = "serve POP3 as well (port %(const)s)"
+    add("--pop3", type=port_number, nargs="?", const=1110, metavar="PORT", help=pop3)
+    auth = "refuse MAIL, VRFY, EXPN and ETRN until the client has logged in"
+    add("--require-auth", action="store_true", help=auth)
+    catch_all = "deliver mail for every other address to ADDRESS (the first account)"
+    add("--catch-all", nargs="?", const=True, metavar="ADDRESS", help=catch_all)
+    any_login = "take every name and password at SMTP logins; for tests"
+    add("--any-login", action="store_true", help=any_login)
+    size = "octets of a message (%(default)s)"
+    add("--size-limit", type=positive, default=102_400_000, metavar="BYTES", help=size)
+    relay = "next host for mail to other domains, from users who have logged in"
+    add("--relay", metavar="HOST[:PORT]", help=relay)
+    route = "next host for one domain; may be repeated"
+    add("--route", action="append", metavar="DOMAIN=HOST[:PORT]", help=route)
+    intercept = "a file whose intercept(session, verb, argument) may answer"
+    add("--intercept", metavar="FILE.py", help=intercept)
+    add("--no-sync", action="store_true", help="acknowledge mail before it is on the disk")
 
 
 def port_number(text: str) -> int:
     """Read a port for argparse."""
-    import argparse
-
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not a port, 0 to 65535")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """Read a number above zero for argparse; nine digits are enough for everything that is counted here."""
-    import argparse
-
+    """Read a number above zero for argparse; nine digits are enough for everything here."""
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of at most 9 digits")
+        what = "a whole number above 0, of at most 9 digits"
+        raise argparse.ArgumentTypeError(f"{printable(text)} is not {what}")
     return int(text)
 
 
-def check_options(parser, args) -> None:
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a usage error when options contradict each other."""
     has_cert = args.tls_cert is not None
     if has_cert != (args.tls_key is not None):
         parser.error("--tls-cert and --tls-key go together")
     if has_cert and args.tls_self_signed:
         parser.error("--tls-cert and --tls-self-signed exclude each other")
-    wants_tls = args.require_tls or any(getattr(args, f"{p}_port", None) is not None for p in ("smtps", "pop3s"))
-    if wants_tls and not (has_cert or args.tls_self_signed):
+    ports = getattr(args, "smtps_port", None), args.pop3s_port
+    if (args.require_tls or ports != (None, None)) and not (has_cert or args.tls_self_signed):
         parser.error("TLS needs --tls-cert and --tls-key, or --tls-self-signed")
+    if getattr(args, "any_login", False) and (args.relay is not None or args.route):
+        parser.error("--any-login excludes --relay and --route: anybody could send anywhere")
     if args.processes > 1 and not hasattr(os, "fork"):
         parser.error("--processes needs a system with fork()")
 
 
-def shared_options(args) -> dict:
+def server_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of a server class for the options that both programs have."""
-    names = ["hostname", "tls_cert", "tls_key", "tls_self_signed", "require_tls", "max_connections", "timeout", "trace"]
-    return {name: getattr(args, name) for name in names}
+    names = ["hostname", "tls_cert", "tls_key", "tls_self_signed", "require_tls", "max_connections"]
+    options = {name: getattr(args, name) for name in [*names, "timeout", "trace"]}
+    if getattr(args, "intercept", None) is not None:
+        options["intercept"] = load_intercept(args.intercept)
+    return options
+
+
+def load_intercept(path: str) -> Callable[..., Any]:
+    """Return the function `intercept` of a Python file; raise ValueError when there is none."""
+    import runpy
+
+    with open(path, "rb"):  # a file that can't be read is an OSError
+        pass
+    try:
+        hook: Callable[..., Any] | None = runpy.run_path(path).get("intercept")
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+    if not callable(hook):
+        raise ValueError(f"{path} defines no function intercept")
+    return hook
+
+
+# ---------------------------------------------------------------- the first lines
+
+
+def announce(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
+    """Print where each server listens, and commands to try that work with these options."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for server in servers:
+        print(f"{server.name} listening on {show_address(server.host, server.port)}")
+    names = list(store.users.accounts.values())
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    accounts = f"{store.users_path or 'the demo accounts'}: {', '.join(names[:3])}{more}"
+    rows = [("spool", store.folder), ("accounts", accounts)]
+    by_name = {server.name: server for server in servers}
+    if tls := servers[0].tls_options.cert:
+        rows.append(("TLS", f"certificate {tls}"))
+    if "SMTP" in by_name:
+        rows.append(("send", send_command(args, by_name["SMTP"], names[0])))
+    if "POP3" in by_name:
+        secure = " --ssl-reqd --insecure" if args.require_tls else ""
+        url = f"pop3://{where_to_connect(by_name['POP3'])}/1"
+        rows.append(("read", f"curl {url} -u {names[0]}{secure}"))
+    host, _, port = where_to_connect(servers[0]).rpartition(":")
+    first = (
+        "openssl s_client -quiet -starttls "
+        + servers[0].name.lower()
+        + " -connect "
+        + host
+        + ":"
+        + port
+    )
+    by_hand = first if args.require_tls else f"telnet {host.strip('[]')} {port}"
+    rows.append(("by hand", f"{by_hand}, then HELP (QUIT ends it; Ctrl-C here ends the server)"))
+    print("\n".join(f"  {title:9} {text}" for title, text in rows), flush=True)
+
+
+def send_command(args: argparse.Namespace, server: LineServer, to: str) -> str:
+    """Return a curl command that sends a message with these options in force."""
+    options = " --ssl-reqd --insecure" if args.require_tls else ""
+    options += f" -u {to}" if args.require_auth else ""
+    text = f"printf 'From: {to}\\nTo: {to}\\nSubject: hello\\n\\nHi.\\n'"
+    url = f"smtp://{where_to_connect(server)}"
+    addresses = f"--mail-from {to} --mail-rcpt {to}"
+    return f"{text} | curl {url} --crlf {addresses}{options} -T -"
+
+
+def where_to_connect(server: LineServer) -> str:
+    """Return the address of a server as a client on this machine uses it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    return show_address(host, server.port)
+
+
+def warn_of_demo_passwords(store: Store, servers: list[LineServer]) -> None:
+    """Warn, once, when others can reach a server whose passwords everybody knows."""
+    open_to_all = [server for server in servers if not is_loopback(server.host)]
+    if not open_to_all:
+        return
+    where = show_address(open_to_all[0].host, open_to_all[0].port)
+    if demo := store.users.with_demo_passwords():
+        text = "WARNING: %s is open to others, and everybody knows the password of %s: change it!"
+        logging.warning(text, where, ", ".join(demo))
+    if store.catch_all or any(getattr(server, "any_login", False) for server in servers):
+        text = "WARNING: %s is open to others; --catch-all and --any-login are for tests"
+        logging.warning(text, where)
+
+
+# ---------------------------------------------------------------- the log
 
 
 class StderrLog(logging.Handler):
     """Writes time and message to stderr, each line in one write."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self.line(text)
+        self.line("%s", text)
 
-    def line(self, text: str, *values) -> None:
-        """Write one line, as `Logger.info` would: sessions log here, three facts each, since a LogRecord for each and
-        its way through `logging` would cost as much as a third of a POP3 session."""
-        line = f"{clock(int(time.time()))} {text % values if values else text}\n".encode("utf-8", "replace")
-        try:
-            os.write(2, line)
-        except OSError:  # nobody reads it any more
-            return
+    def line(self, text: object, *values: object, **_: object) -> None:
+        """Write one line.
 
-
-@functools.lru_cache(maxsize=1)
-def clock(second: int) -> str:
-    """Return the time of day as the log shows it; it is the same for many lines."""
-    return time.strftime("%H:%M:%S", time.localtime(second))
+        Has the signature of Logger.info(), and sessions call it directly: LogRecords would take up
+        to a third of a POP3 session's time.
+        """
+        message = str(text) % values if values else text
+        octets = f"{timestamp(time.time())} {message}\n".encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            os.write(2, octets)
 
 
 def log_to_stderr(servers: list[LineServer]) -> None:
-    """Send the log to stderr, that of the servers' sessions on the short way."""
+    """Send the log to stderr, that of the sessions directly."""
     log = StderrLog()
     logging.basicConfig(level=logging.INFO, handlers=[log])
     for server in servers:
-        server.log = log.line
+        server.log = log.line  # type: ignore[assignment]
 
 
-def exit_status(program: str, serve) -> int:
-    """Run `serve()` with all descriptors there are; return the exit status, after one line on stderr if it fails."""
-    take_descriptors()
-    try:
-        return serve()
-    except ValueError as error:  # a broken users file, options that don't fit
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename or 'an empty name'}: "
-        what = f"{where}{error.strerror or error}"
-        print(f"{program}: {what}", file=sys.stderr)
-        return 1
+# ---------------------------------------------------------------- what the system gives
 
 
-def listen(make, address: tuple[str, int], *args, **options):
-    """Make a server; an address that can't be had is an error that names it."""
-    try:
-        return make(address, *args, **options)
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror or str(error), show_address(*address)) from None
-        raise
-
-
-def run(servers: list[LineServer], processes: int, notice: str) -> int:
-    """Announce the listeners, serve until SIGINT or SIGTERM, and return the exit status."""
-    log_to_stderr(servers)
-    hold_signals()
-    threading.stack_size(256 * 1024)  # the depth of a session is known, and there may be thousands
-    announce(servers, notice)
-    if processes == 1:
-        hold_to_core(os.getpid())
-        serve_here(servers)
-    else:
-        supervise(servers, processes)
-    return 0
+def open_standard_descriptors() -> None:
+    """Open closed descriptors 0 to 2 on the null device: a socket must not become stderr."""
+    os.umask(0o077)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def take_descriptors() -> None:
-    """Raise the soft limit on open files to the hard one: the usual 1024 are too few for two listeners' sessions."""
+    """Raise the soft limit on open files: the usual 1024 are too few for two listeners."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # macOS takes no more than OPEN_MAX, even where the hard limit is infinite.
+        wanted = 10_240 if hard == resource.RLIM_INFINITY else hard
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def announce(servers: list[LineServer], notice: str) -> None:
-    """Print where each server listens and what a newcomer wants to know, and warn of what everybody knows."""
-    if demo := servers[0].store.users.with_demo_passwords():
-        for server in servers:
-            if not is_loopback(server.host):
-                logging.warning(
-                    "WARNING: %s is open to others, and everybody knows the password of %s: change it in users.txt!",
-                    show_address(server.host, server.port),
-                    ", ".join(demo),
-                )
-    for server in servers:
-        print(f"{server.name} listening on {show_address(server.host, server.port)}")
-    print(notice, flush=True)
+def pin_to_cpu(number: int) -> None:
+    """Keep this process on one core, where the system allows it.
 
-
-def hold_signals() -> None:
-    """Let the signals that wait_for_signal() knows wait for it, in all threads and processes that are started later.
-
-    A handler would be too late for one that comes between a look and a wait, and its exception could come anywhere.
+    Threads that share an interpreter lock lose half their speed when it travels between cores.
     """
-    if hasattr(signal, "sigwait"):
-        for number in (*ENDING, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)  # one that a shell has told us to ignore would not even wait
-        signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, signal.SIGCHLD))
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
-def wait_for_signal(numbers) -> int:
-    """Return the first of some signals that comes."""
+# ---------------------------------------------------------------- signals
+
+
+def block_signals() -> None:
+    """Block our signals, here and in all threads and processes started later.
+
+    wait_for_signal() takes them with sigwait().  A Python handler could miss a signal that arrives
+    between a check and a wait, and could raise anywhere.  Programs that a hook starts get them as
+    usual.
+    """
+    if not hasattr(signal, "sigwait"):
+        return
+    numbers = {*ENDING, signal.SIGCHLD, *({RELOAD} if RELOAD else ())}
+    for number in numbers:
+        # An ignored signal (`nohup`, `&`) would be discarded and never reach sigwait().
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
+def wait_for_signal(numbers: Iterable[int]) -> int:
+    """Return the first of some signals that arrives."""
     if hasattr(signal, "sigwait"):
         return signal.sigwait(numbers)
     with contextlib.suppress(KeyboardInterrupt):
@@ -199,101 +365,140 @@ def wait_for_signal(numbers) -> int:
     return signal.SIGINT
 
 
-def serve_here(servers: list[LineServer], parent: int | None = None) -> None:
-    """Serve in this process until a signal comes, or until `parent`, a pipe to another process, is closed."""
-    if parent is not None:
-        threading.Thread(target=follow, args=(parent,), daemon=True).start()
-    for server in servers:
-        server.start()
-    wait_for_signal(ENDING)
+def reload(store: Store, servers: list[LineServer]) -> None:
+    """Read users file and certificates again; a broken one is logged and changes nothing."""
+    for read_again in [store.reload_users, *(server.reload for server in servers)]:
+        try:
+            read_again()
+        except (OSError, ValueError) as error:
+            logging.error("reload: %s", error)
+    logging.info("reloaded")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def start(servers: list[LineServer]) -> None:
+    """Start all servers, or none; raise RuntimeError or MemoryError."""
+    try:
+        for server in servers:
+            server.start()
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+
+
+def serve_here(store: Store, servers: list[LineServer]) -> None:
+    """Serve in this process until a signal ends it."""
+    while True:
+        number = wait_for_signal({*ENDING, *({RELOAD} if RELOAD else ())})
+        if number in ENDING:
+            break
+        reload(store, servers)
     for server in servers:
         server.begin_stop()
-    deadline = time.monotonic() + STOPPING
+    deadline = clock() + STOP_TIMEOUT
     for server in servers:
-        server.server_close(max(deadline - time.monotonic(), 0.1))
+        server.stop(max(deadline - clock(), 0.1))
 
 
-def hold_to_core(number: int) -> None:
-    """Keep this process on one core, where the system can: threads that share an interpreter lock lose half their
-    speed when it has to travel between cores."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
+class Workers:
+    """The worker processes, by process ID; each has an index, its core and its session numbers."""
 
+    def __init__(self, store: Store, servers: list[LineServer], count: int):
+        self.store = store
+        self.servers = servers
+        self.count = count
+        self.pipe = os.pipe()  # the parent alone holds the end for writing
+        self.serials = [itertools.count() for _ in range(count)]
+        self.indexes: dict[int, int] = {}
 
-def supervise(servers: list[LineServer], processes: int) -> None:
-    """Keep `processes` copies of this process serving the same listeners; start again what dies."""
-    alive, children = os.pipe(), {}
-    while True:
-        for index in set(range(processes)) - set(children.values()):
-            children[start_child(servers, index, alive)] = index
-        if wait_for_signal({*ENDING, signal.SIGCHLD}) in ENDING:
-            break
-        for pid in list(children):
+    def start_missing(self) -> None:
+        """Start the workers that are missing; without a process to be had try again later."""
+        for index in set(range(self.count)) - set(self.indexes.values()):
+            try:
+                self.indexes[self.fork(index)] = index
+            except (OSError, MemoryError) as error:
+                logging.error("can't start a worker process: %s; trying again", error)
+                return
+
+    def fork(self, index: int) -> int:
+        """Start one worker; return its process ID."""
+        serial = next(self.serials[index])
+        if pid := os.fork():
+            return pid
+        try:
+            os.close(self.pipe[1])
+            pin_to_cpu(os.getppid() + index)
+            # Unique among the processes, and after one was replaced.
+            first = 1 + index + serial * self.count * 1_000_000
+            LineHandler.numbers = itertools.count(first, self.count)
+            for server in self.servers:
+                server.shares_listener = True
+            threading.Thread(target=self.exit_with_parent, daemon=True).start()
+            start(self.servers)
+            serve_here(self.store, self.servers)
+        except BaseException:
+            logging.exception("worker process %d", os.getpid())
+            os._exit(1)
+        os._exit(0)
+
+    def exit_with_parent(self) -> None:
+        """Wait for EOF on the pipe, which is the parent's death; then send ourselves SIGTERM."""
+        os.read(self.pipe[0], 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def collect(self) -> None:
+        """Forget the workers that have ended."""
+        for pid in list(self.indexes):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 code = os.waitstatus_to_exitcode(status)
-                logging.error("process %d ended (%d), another takes its place", pid, code)
-                del children[pid]
-        time.sleep(0.1)  # one that can't live must not keep us busy
-    for pid in children:
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOPPING + 3
-    while children:
-        children = {pid: index for pid, index in children.items() if not os.waitpid(pid, os.WNOHANG)[0]}
-        if time.monotonic() > deadline:  # one that somebody has stopped would not hear anything else
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+                logging.error("worker process %d ended (%d), another takes its place", pid, code)
+                del self.indexes[pid]
+
+    def send(self, number: int) -> None:
+        for pid in self.indexes:
+            os.kill(pid, number)
+
+    def stop(self) -> None:
+        """End all workers within a deadline."""
+        self.send(signal.SIGTERM)
+        deadline = clock() + STOP_TIMEOUT + 3
+        while self.indexes:
+            for pid in list(self.indexes):
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    del self.indexes[pid]
+            if clock() > deadline:
+                self.send(signal.SIGKILL)  # a process stopped by SIGSTOP ignores SIGTERM
+            time.sleep(0.01)
 
 
-def start_child(servers: list[LineServer], index: int, alive: tuple[int, int]) -> int:
-    """Fork a process that serves until it gets a signal or its parent is gone; return its id."""
-    if pid := os.fork():
-        return pid
-    try:
-        os.close(alive[1])
-        hold_to_core(os.getppid() + index)
-        for server in servers:
-            server.shared = True
-        serve_here(servers, alive[0])
-    except BaseException:
-        logging.exception("process %d", os.getpid())
-        os._exit(1)
-    os._exit(0)
+def supervise(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
+    """Keep worker processes serving the same listeners; replace those that die."""
+    workers = Workers(store, servers, args.processes)
+    workers.start_missing()
+    if not workers.indexes:
+        raise RuntimeError("no worker process could be started")
+    announce(args, store, servers)
+    numbers = {*ENDING, signal.SIGCHLD, *({RELOAD} if RELOAD else ())}
+    while True:
+        number = wait_or_retry(numbers, workers)
+        if number in ENDING:
+            break
+        if number == RELOAD:
+            workers.send(number)
+        else:
+            workers.collect()
+            time.sleep(RESTART_PAUSE)  # don't restart a worker in a tight loop
+            workers.start_missing()
+    workers.stop()
 
 
-def follow(pipe: int) -> None:
-    """Wait until the parent, which alone holds the pipe's other end, is gone; then end as if told to."""
-    os.read(pipe, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def notice(store: Store, servers: list[LineServer]) -> str:
-    """Return what a newcomer wants to know at the start."""
-    names = list(store.users.accounts.values())
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    smtp, pop3 = servers[0], next((server for server in servers if server.name == "POP3"), None)
-    accounts = f"{store.users_path or 'the demo accounts'}: {', '.join(names[:3])}{more}"
-    lines = [f"  spool     {store.folder}", f"  accounts  {accounts}"]
-    lines.append(f"  send      curl smtp://{show_address(smtp.host, smtp.port)} --crlf --mail-from me@example.test \\")
-    lines.append(f"              --mail-rcpt {names[0]} --upload-file message.txt")
-    if pop3:
-        lines.append(f"  read      curl -u {names[0]} pop3://{show_address(pop3.host, pop3.port)}/1")
-    lines.append(f"  watch     telnet {smtp.host} {smtp.port}, then HELP      (Ctrl-C ends the server)")
-    return "\n".join(lines)
-
-
-def load_intercept(path: str):
-    """Return the function `intercept` of a Python file; raise ValueError when there is none."""
-    import runpy
-
-    with open(path, "rb"):  # what can't be read is no fault of what is in it
-        pass
-    try:
-        hook = runpy.run_path(path).get("intercept")
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(hook):
-        raise ValueError(f"{path} defines no function intercept")
-    return hook
+def wait_or_retry(numbers: set[int], workers: Workers) -> int:
+    """Return the next signal; SIGCHLD after a while when a worker is still missing."""
+    if len(workers.indexes) == workers.count:
+        return wait_for_signal(numbers)
+    found = signal.sigtimedwait(numbers, 1)
+    return found.si_signo if found else signal.SIGCHLD

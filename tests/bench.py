@@ -33,7 +33,11 @@ def start(folder, *argv):
     (folder / "users.txt").write_text("alice@example.test:wonderland\n")
     command = [sys.executable, ROOT / "smtpd_simple.py", "--port", "0", "--pop3", "0", *argv]
     process = subprocess.Popen(
-        [str(word) for word in command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [str(word) for word in command],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     return process, [int(process.stdout.readline().rpartition(":")[2]) for _ in range(2)]
 
@@ -47,7 +51,14 @@ def talk(port, lines):
             sock.recv(65536)
 
 
-ENVELOPE = [b"EHLO bench", b"MAIL FROM:<>", b"RCPT TO:<alice@example.test>", b"DATA", TEXT + b"\r\n.", b"QUIT"]
+ENVELOPE = [
+    b"EHLO bench",
+    b"MAIL FROM:<>",
+    b"RCPT TO:<alice@example.test>",
+    b"DATA",
+    TEXT + b"\r\n.",
+    b"QUIT",
+]
 POLL = [b"USER alice@example.test", b"PASS wonderland", b"STAT", b"QUIT"]
 
 
@@ -134,7 +145,9 @@ def embedding():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=2)
     seconds, rows = parser.parse_args().seconds, []
     with tempfile.TemporaryDirectory() as name:
@@ -157,12 +170,16 @@ def main():
                 if title == "--no-sync":
                     Store(folder / "spool", ALICE).clear()
                     progress("POP3 sessions")
-                    rows.append(("POP3 sessions, 10 at once", f"{rate(pop3, POLL, 10, seconds):,.0f} /s"))
+                    rows.append(
+                        ("POP3 sessions, 10 at once", f"{rate(pop3, POLL, 10, seconds):,.0f} /s")
+                    )
                     progress("50 MB")
                     taken, given = throughput(smtp, pop3)
                     rows.append(("50 MB in; out", f"{taken:,.0f} MB/s; {given:,.0f} MB/s"))
                     progress("10,000 messages")
-                    rows.append(("to STAT of 10,000 messages", f"{opening(folder, pop3, 10_000):,.0f} ms"))
+                    rows.append(
+                        ("to STAT of 10,000 messages", f"{opening(folder, pop3, 10_000):,.0f} ms")
+                    )
             finally:
                 process.terminate()
                 process.communicate()

@@ -24,11 +24,15 @@ class Line:
     """A raw client: sends octets, reads lines, each read with a deadline."""
 
     def __init__(self, host, port, source=None, seconds=10):
-        self.sock = socket.create_connection((host, port), seconds, source_address=(source, 0) if source else None)
+        self.sock = socket.create_connection(
+            (host, port), seconds, source_address=(source, 0) if source else None
+        )
         self.file = self.sock.makefile("rb")
 
     def send(self, data):
-        self.sock.sendall(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+        self.sock.sendall(
+            data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+        )
 
     def readline(self):
         """Return the next line without its end; raise ConnectionError when the server has hung up."""
@@ -90,7 +94,9 @@ def scripts(file):
 def unroll(body):
     """Write out what `20 times:` stands for."""
     repeated = re.compile(r"^([0-9]+) times:\n((?:  .*(?:\n|$))+)", re.MULTILINE)
-    return repeated.sub(lambda match: int(match[1]) * (textwrap.dedent(match[2]).rstrip("\n") + "\n"), body)
+    return repeated.sub(
+        lambda match: int(match[1]) * (textwrap.dedent(match[2]).rstrip("\n") + "\n"), body
+    )
 
 
 def play(server, script, name="script"):
@@ -136,4 +142,6 @@ def matches(text, pattern):
 
 def check(good, name, lines, number, what):
     if not good:
-        raise Mismatch(f"{name}, line {number + 1}\n" + "\n".join([*lines[: number + 1], f"  !! {what}"]))
+        raise Mismatch(
+            f"{name}, line {number + 1}\n" + "\n".join([*lines[: number + 1], f"  !! {what}"])
+        )

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,15 +13,17 @@ import time
 import types
 
 import pytest
-from conftest import ROOT, Program, send
 from conversation import Line
+from helpers import ROOT, Program, send
 
-from lineserver import Disconnect, Guesses, LineServer, printable
+from lineserver import Disconnect, FairQueue, LineServer, LoginThrottle, TooManyHashes, printable
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPHandler, SMTPServer
 from store import Maildrop
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc here")
+needs_proc = pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="there is no /proc here"
+)
 
 
 def peak(pid):
@@ -58,7 +61,9 @@ def test_100_mb_in_and_out_with_little_memory(program):
 
 
 @needs_proc
-@pytest.mark.parametrize("flood", ["a line without end", "a header line without end", "an answer without end"])
+@pytest.mark.parametrize(
+    "flood", ["a line without end", "a header line without end", "an answer without end"]
+)
 def test_10_mb_without_a_newline(program, flood):
     with Line("127.0.0.1", program.ports["SMTP"], seconds=30) as client:
         client.reply()
@@ -92,7 +97,10 @@ def test_thousands_of_noops(smtp):
 @pytest.mark.parametrize("drip", ["EHLO", "DATA", "AUTH"])
 def test_a_line_has_a_deadline_not_each_octet(store, drip):
     """A client that sends an octet now and then is shown the door when the line has not come in time."""
-    with SMTPServer(("127.0.0.1", 0), store, timeout=0.5) as smtp, Line(smtp.host, smtp.port) as client:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, timeout=0.5) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
         client.reply()
         if drip != "EHLO":
             for command in (
@@ -163,7 +171,7 @@ def test_a_pop3_client_that_falls_silent(store, deliver, step):
 def test_a_client_that_reads_an_octet_now_and_then(monkeypatch):
     """It does not hold the session for ever: what is sent at once has a deadline as a whole, not each octet."""
     sent, seconds = [], itertools.count()
-    monkeypatch.setattr("lineserver.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("lineserver.clock", lambda: next(seconds))
     session = SMTPHandler.__new__(SMTPHandler)
     session.server = types.SimpleNamespace(timeout=10)
     session.reader = types.SimpleNamespace(seconds=10)
@@ -177,7 +185,7 @@ def test_a_client_that_reads_an_octet_now_and_then(monkeypatch):
 
 def nothing_of_it_stays(server, store):
     deadline = time.monotonic() + 5
-    while server.sessions or server.busy or server.by_address:
+    while server.sessions or server.active or server.by_address:
         assert time.monotonic() < deadline
     folder = f"{store.mailbox('alice@example.test')}/tmp"
     assert not os.path.exists(folder) or os.listdir(folder) == []
@@ -197,19 +205,25 @@ def test_a_flood_gets_an_answer_and_no_thread(store):
 
 
 def test_pop3_says_busy_too(store):
-    with POP3Server(("127.0.0.1", 0), store, max_connections=1) as pop3, Line(pop3.host, pop3.port) as first:
+    with (
+        POP3Server(("127.0.0.1", 0), store, max_connections=1) as pop3,
+        Line(pop3.host, pop3.port) as first,
+    ):
         first.readline()
         with Line(pop3.host, pop3.port) as second:
             assert second.readline().startswith("-ERR [SYS/TEMP] too many")
             assert second.at_end()
 
 
-def test_one_address_cannot_take_every_slot(store):
+def test_one_address_cannot_take_every_slot(store, monkeypatch):
+    """Nine tenths of them, and on loopback all."""
     with SMTPServer(("127.0.0.1", 0), store, max_connections=20) as smtp:
-        clients = [Line(smtp.host, smtp.port, "127.0.0.1") for _ in range(30)]
+        monkeypatch.setattr("lineserver.is_loopback", lambda host: host == "127.0.0.3")
+        clients = [Line(smtp.host, smtp.port, "127.0.0.2") for _ in range(30)]
         assert [client.readline()[:3] for client in clients].count("220") == 18
-        with Line(smtp.host, smtp.port, "127.0.0.2") as other:
-            assert other.reply().startswith("220")
+        others = [Line(smtp.host, smtp.port, "127.0.0.3") for _ in range(3)]
+        assert [client.reply()[:3] for client in others] == ["220", "220", "421"]
+        clients += others
         for client in clients:
             client.close()
 
@@ -267,41 +281,102 @@ def test_no_descriptor_for_the_next_connection(smtp, monkeypatch):
     assert not short
 
 
-def test_guessing_gets_slower_and_ends():
-    guesses = Guesses(0.25)
-    assert [guesses.failed("a", "alice") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
-    assert guesses.failed("b", "alice") == 0.25
-    guesses.forgive("a", "alice")
-    assert guesses.failed("a", "alice") == 0.25
-    for n in range(100):
-        guesses.failed("b", f"name {n % 7}")
-        guesses.forgive("b", "bob")  # who has an account does not get more guesses at others
-    assert guesses.exhausted("b")
-    assert not guesses.exhausted("a")
+AFAR = "192.0.2.1"  # an address of documentation: nobody's
 
 
-def test_an_address_that_has_guessed_too_often_is_not_listened_to(store, monkeypatch):
-    monkeypatch.setattr("lineserver.MAX_GUESSES", 7)
+def test_failed_logins_get_slower_and_are_blocked():
+    """By client address and account; a good login, and time, let failures be forgotten."""
+    throttle = LoginThrottle(0.25)
+
+    def fail(host, account):
+        seconds = throttle.begin(host, account)
+        return seconds or throttle.delay(host, account)
+
+    assert [fail(AFAR, "alice") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
+    assert fail(AFAR, "bob") == fail("192.0.2.2", "alice") == 0.25
+    throttle.clear(AFAR, "alice")
+    assert [fail(AFAR, "alice") for _ in range(21)][-1] > 100
+    assert throttle.begin(AFAR, "bob") == throttle.begin("192.0.2.2", "alice") == 0.0
+    assert [fail("127.0.0.1", "alice") for _ in range(30)] == [0.0] * 30
+
+
+def test_failures_are_forgotten_one_by_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lineserver.clock", lambda: now[0])
+    throttle = LoginThrottle(0)
+    for _ in range(20):
+        assert throttle.begin(AFAR, "alice") == 0.0
+        now[0] += 10
+    assert throttle.begin(AFAR, "alice") == 400
+    now[0] += 401
+    assert throttle.begin(AFAR, "alice") == 0.0
+    assert throttle.begin(AFAR, "alice") > 0
+
+
+def log_in(pop3, user, password):
+    with Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask(f"USER {user}")
+        return client.ask(f"PASS {password}")
+
+
+def test_a_blocked_account_is_refused_whatever_the_password(store, monkeypatch):
+    """From that address only, with the time to wait; other accounts are served."""
+    monkeypatch.setattr("lineserver.is_loopback", lambda host: False)
     with POP3Server(("127.0.0.1", 0), store) as pop3:
-        for wanted in ("-ERR [AUTH] too many failed logins", "-ERR [AUTH] too many failed logins"):
-            with Line(pop3.host, pop3.port) as client:
-                client.readline()
-                replies = []
-                while "too many" not in (replies or [""])[-1]:
-                    client.ask("USER alice")
-                    replies.append(client.ask("PASS x"))
-                    if len(replies) == 5:
-                        replies.append(client.readline())
-                assert replies[-1].startswith(wanted)
-        with Line(pop3.host, pop3.port) as client:
-            client.readline()
-            client.ask("USER alice")
-            assert client.ask("PASS wonderland").startswith("-ERR [AUTH] too many")
+        for _ in range(20):
+            assert log_in(pop3, "alice", "wrong").startswith("-ERR [AUTH]")
+        assert re.search(r"SYS/TEMP.* wait [56]\d\d seconds", log_in(pop3, "alice", "wonderland"))
+        assert log_in(pop3, "bob", "builder").startswith("+OK")
+
+
+def test_no_lock_out_and_no_delay_on_loopback(store, monkeypatch):
+    """A class of thirty behind one address, and test suites, are not slowed down."""
+    monkeypatch.setattr(LineServer, "login_delay", 1000)
+    with POP3Server(("127.0.0.1", 0), store) as pop3:
+        for _ in range(40):
+            assert log_in(pop3, "alice", "wrong").startswith("-ERR [AUTH]")
+        assert log_in(pop3, "alice", "wonderland").startswith("+OK")
+
+
+def test_five_failed_logins_end_a_session(smtp):
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        replies = [client.ask("AUTH PLAIN AHgAeA==")[:3] for _ in range(5)]
+        assert replies == ["535"] * 5
+        assert client.reply().startswith("421 4.7.0")
+        assert client.at_end()
+
+
+def test_hash_checks_of_one_address_do_not_hold_up_another():
+    """One at a time for each address, and a bounded number of them."""
+    queue, inside, go_on = FairQueue(2), threading.Semaphore(0), threading.Event()
+
+    def check(host):
+        with queue.turn(host):
+            inside.release()
+            go_on.wait(10)
+
+    crowd = [threading.Thread(target=check, args=(AFAR,)) for _ in range(100)]
+    for thread in crowd:
+        thread.start()
+    assert inside.acquire(timeout=10)
+    with pytest.raises(TooManyHashes), queue.turn(AFAR):
+        pass
+    with queue.turn("192.0.2.2"):
+        assert not inside.acquire(blocking=False)  # nobody else of the crowd is let in
+    go_on.set()
+    for thread in crowd:
+        thread.join()
+    assert not queue.waiting
+    assert not queue.addresses
 
 
 def test_a_wrong_password_waits(store, monkeypatch):
     waits = []
     monkeypatch.setattr(LineServer, "login_delay", 0.25)
+    monkeypatch.setattr("lineserver.is_loopback", lambda host: False)
     with POP3Server(("127.0.0.1", 0), store) as pop3, Line(pop3.host, pop3.port) as client:
         monkeypatch.setattr(pop3.stopping, "wait", waits.append)
         client.readline()
@@ -311,7 +386,17 @@ def test_a_wrong_password_waits(store, monkeypatch):
     assert waits == [0.25, 0.5, 1.0]
 
 
-NASTY = [b"\r", b"\n", b"\0", b"\x1b[2J", b"\xff", "\u2028".encode(), "\u202e".encode(), b"\x7f", b"\x08"]
+NASTY = [
+    b"\r",
+    b"\n",
+    b"\0",
+    b"\x1b[2J",
+    b"\xff",
+    "\u2028".encode(),
+    "\u202e".encode(),
+    b"\x7f",
+    b"\x08",
+]
 
 
 @pytest.mark.parametrize("octets", NASTY, ids=repr)
@@ -359,7 +444,7 @@ def test_a_client_that_does_not_read_holds_up_no_stop(store, deliver):
 
 def test_printable():
     assert printable("用户 a") == "用户 a"
-    assert printable("a\r\n\x1b\u202e\udcff") == "a\\r\\n\\x1b\\u202e\\udcff"
+    assert printable("a\r\n\x1b\u202e\udcff") == "a\\r\\n\\x1b\\u202e\\xff"
 
 
 def test_the_fuzzer_for_a_moment():

@@ -3,6 +3,7 @@
 import email.policy
 import os
 import poplib
+import re
 import shutil
 import smtplib
 import subprocess
@@ -10,11 +11,11 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from test_data_path import retrieve
+from helpers import retrieve
 
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
-from store import Store, key
+from store import Store, canonical
 
 MESSAGE = "From: me@client.test\nTo: alice@example.test\nSubject: from a client\n\n.dot\nHello.\n"
 
@@ -22,7 +23,10 @@ MESSAGE = "From: me@client.test\nTo: alice@example.test\nSubject: from a client\
 @pytest.fixture
 def mail(store, tls):
     """Both servers with a certificate, as (smtp, pop3)."""
-    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp, POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, **tls) as smtp,
+        POP3Server(("127.0.0.1", 0), store, **tls) as pop3,
+    ):
         yield smtp, pop3
 
 
@@ -30,7 +34,10 @@ def mail(store, tls):
 def secure(store, tls):
     """Both servers with TLS from the first octet."""
     tls = {**tls, "implicit_tls": True}
-    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp, POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, **tls) as smtp,
+        POP3Server(("127.0.0.1", 0), store, **tls) as pop3,
+    ):
         yield smtp, pop3
 
 
@@ -38,7 +45,9 @@ def run(*argv, text=None, **options):
     """Run a program that must succeed; skip when it is not installed."""
     if not shutil.which(argv[0]):
         pytest.skip(f"{argv[0]} is not installed")
-    result = subprocess.run(list(map(str, argv)), input=text, capture_output=True, text=True, timeout=30, **options)
+    result = subprocess.run(
+        list(map(str, argv)), input=text, capture_output=True, text=True, timeout=30, **options
+    )
     if "TLS not available" in result.stderr:
         pytest.skip(f"{argv[0]}: {result.stderr.strip()}")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -69,7 +78,10 @@ CURL_SEND = [
         [],
         ["--ssl-reqd", "-k"],
         ["-u", "alice:wonderland"],
-        *(["-u", "alice:wonderland", "--login-options", f"AUTH={name}"] for name in ("PLAIN", "LOGIN", "CRAM-MD5")),
+        *(
+            ["-u", "alice:wonderland", "--login-options", f"AUTH={name}"]
+            for name in ("PLAIN", "LOGIN", "CRAM-MD5")
+        ),
     ],
 )
 def test_curl_sends(store, mail, how):
@@ -87,14 +99,23 @@ def test_curl_sends(store, mail, how):
 )
 def test_curl_fetches(store, mail, deliver, how):
     deliver(MESSAGE.replace("\n", "\r\n").encode())
-    out = run("curl", "-sS", "-u", "alice@example.test:wonderland", f"pop3://127.0.0.1:{mail[1].port}/1", *how)
+    out = run(
+        "curl",
+        "-sS",
+        "-u",
+        "alice@example.test:wonderland",
+        f"pop3://127.0.0.1:{mail[1].port}/1",
+        *how,
+    )
     assert ".dot" in out
 
 
 def test_curl_over_implicit_tls(store, secure):
     run("curl", "-k", f"smtps://127.0.0.1:{secure[0].port}", *CURL_SEND, text=MESSAGE)
     the_message(store)
-    out = run("curl", "-k", "-sS", "-u", "alice:wonderland", f"pop3s://127.0.0.1:{secure[1].port}/1")
+    out = run(
+        "curl", "-k", "-sS", "-u", "alice:wonderland", f"pop3s://127.0.0.1:{secure[1].port}/1"
+    )
     assert "from a client" in out
 
 
@@ -126,7 +147,12 @@ def test_swaks(store, mail, auth, encryption):
         "me@client.test",
         *encryption,
     ]
-    if auth == "CRAM-MD5" and subprocess.run(["perl", "-MDigest::HMAC_MD5", "-e", "1"], capture_output=True).returncode:
+    if (
+        auth == "CRAM-MD5"
+        and subprocess.run(
+            ["perl", "-MDigest::HMAC_MD5", "-e", "1"], capture_output=True
+        ).returncode
+    ):
         pytest.skip("swaks needs Perl's Digest::HMAC_MD5 for CRAM-MD5")
     run(
         "swaks",
@@ -198,10 +224,18 @@ def test_fetchmail(mail, deliver, tmp_path):
 
 def test_mutt_sends(store, smtp, tmp_path):
     env = {**os.environ, "HOME": str(tmp_path), "TERM": "dumb"}
-    settings = (
-        f"set smtp_url=smtp://127.0.0.1:{smtp.port}/ ssl_force_tls=no ssl_starttls=no copy=no from=me@client.test"
-    )
-    argv = ["mutt", "-n", "-F", "/dev/null", "-e", settings, "-s", "from a client", "alice@example.test"]
+    settings = f"set smtp_url=smtp://127.0.0.1:{smtp.port}/ ssl_force_tls=no ssl_starttls=no copy=no from=me@client.test"
+    argv = [
+        "mutt",
+        "-n",
+        "-F",
+        "/dev/null",
+        "-e",
+        settings,
+        "-s",
+        "from a client",
+        "alice@example.test",
+    ]
     run(*argv, text=".dot\nHello.\n", env=env)
     the_message(store)
 
@@ -223,15 +257,24 @@ def corpus():
         "trailing spaces": b"Subject: x  \r\n\r\n  y  \r\n \r\n\r\n\r\n",
         "mbox": b"From me Mon Oct 25\r\nSubject: x\r\n\r\n>From\r\nFrom\r\n",
     }
-    lines = {name: content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") for name, content in found.items()}
-    return {name: content.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n" for name, content in lines.items()} | odd
+    lines = {
+        name: content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        for name, content in found.items()
+    }
+    return {
+        name: content.rstrip(b"\n").replace(b"\n", b"\r\n") + b"\r\n"
+        for name, content in lines.items()
+    } | odd
 
 
 CORPUS = corpus()
 
 
 def test_corpus_octet_for_octet(store, smtp, pop3):
-    """In through smtplib, out through poplib: the same behind our three fields."""
+    """In through smtplib, out through poplib: the same behind our three fields.
+
+    A message without a header has the empty line in front that is missing.
+    """
     with smtplib.SMTP(smtp.host, smtp.port) as client:
         for content in CORPUS.values():
             client.sendmail("me@client.test", ["alice@example.test"], content)
@@ -243,20 +286,26 @@ def test_corpus_octet_for_octet(store, smtp, pop3):
         data = b"".join(line + b"\r\n" for line in lines)
         assert data.endswith(b"\r\n" + wanted), name
         head = data[: len(data) - len(wanted)].replace(b"\r\n\t", b" ").split(b"\r\n")
-        assert [line.split(b":")[0] for line in head] == [b"Return-Path", b"Delivered-To", b"Received", b""], name
+        names = [line.split(b":")[0] for line in head]
+        missing = [] if re.match(rb"[^\s:]+:|From |\r\n", wanted) else [b""]
+        assert names == [b"Return-Path", b"Delivered-To", b"Received", *missing, b""], name
     client.quit()
 
 
 def test_send_message_with_an_internationalised_address(tmp_path):
     store = Store(tmp_path, {"用户@例子.example": "x", "alice@example.test": "wonderland"})
     message = EmailMessage(policy=email.policy.SMTPUTF8)
-    message["From"], message["To"], message["Subject"] = "me@client.test", "用户@例子.example", "你好"
+    message["From"], message["To"], message["Subject"] = (
+        "me@client.test",
+        "用户@例子.example",
+        "你好",
+    )
     message.set_content("text")
     with SMTPServer(("127.0.0.1", 0), store) as smtp, smtplib.SMTP(smtp.host, smtp.port) as client:
         client.send_message(message)
     [got] = store.messages("用户@例子.example")
     assert got["Subject"] == "你好"
-    assert (tmp_path / key("用户@例子.example")).is_dir()
+    assert (tmp_path / canonical("用户@例子.example")).is_dir()
 
 
 @pytest.mark.parametrize("method", ["auth_plain", "auth_login", "auth_cram_md5"])
@@ -273,7 +322,6 @@ def test_every_login_of_poplib(pop3, deliver):
     for login in (
         lambda c: (c.user("alice"), c.pass_("wonderland")),
         lambda c: c.apop("alice", "wonderland"),
-        lambda c: c.rpop,
     ):
         client = poplib.POP3(pop3.host, pop3.port)
         login(client)

@@ -12,8 +12,8 @@ import time
 import types
 
 import pytest
-from conftest import ROOT, Program, send
 from conversation import Line
+from helpers import ROOT, Program, send
 
 from pop3d_simple import main as pop3_main
 from smtpd_simple import main as smtp_main
@@ -23,7 +23,11 @@ from store import main as store_main
 
 def run(script, *argv, **options):
     return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, argv)], capture_output=True, text=True, timeout=20, **options
+        [sys.executable, ROOT / script, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        **options,
     )
 
 
@@ -35,9 +39,11 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(script, *argv):
         try:
-            status = {"store.py": store_main, "smtpd_simple.py": smtp_main, "pop3d_simple.py": pop3_main}[script](
-                [str(word) for word in argv]
-            )
+            status = {
+                "store.py": store_main,
+                "smtpd_simple.py": smtp_main,
+                "pop3d_simple.py": pop3_main,
+            }[script]([str(word) for word in argv])
         except SystemExit as end:  # argparse's way
             status = end.code
         return status, *capsys.readouterr()
@@ -83,7 +89,11 @@ ngN2Molr7gSF/5/P8XFTK18H
         (["--hostname", "a b"], 2, "not a host name"),
         (["--hostname", "a/b"], 2, "not a host name"),
         (["--tls-cert", ".", "--tls-key", "users.txt"], 1, ".: Is a directory"),
-        (["--tls-cert", "locked.pem", "--tls-key", "locked.pem"], 2, "locked.pem: not a certificate and its key"),
+        (
+            ["--tls-cert", "locked.pem", "--tls-key", "locked.pem"],
+            2,
+            "locked.pem: not a certificate and its key",
+        ),
         (["--max-connections", "0"], 2, "above 0"),
         (["--nonsense"], 2, "unrecognized"),
         (["--max-conn", "5"], 2, "unrecognized"),
@@ -157,7 +167,18 @@ def test_readme_lists_every_option():
 
 def test_the_whole_server(tmp_path, users, certificate):
     """All listeners in one process: their lines, what a newcomer is told, a message through, the end with status 0."""
-    argv = ["--port", 0, "--pop3", 0, "--smtps-port", 0, "--pop3s-port", 0, "--hostname", "mail.example.test"]
+    argv = [
+        "--port",
+        0,
+        "--pop3",
+        0,
+        "--smtps-port",
+        0,
+        "--pop3s-port",
+        0,
+        "--hostname",
+        "mail.example.test",
+    ]
     argv += ["--tls-cert", certificate[0], "--tls-key", certificate[1]]
     with Program(*argv, cwd=tmp_path, count=4) as program:
         assert list(program.ports) == ["SMTP", "SMTPS", "POP3", "POP3S"]
@@ -179,7 +200,9 @@ def test_the_whole_server(tmp_path, users, certificate):
 def test_a_signal_with_sessions_open(tmp_path, users, how):
     """Idle sessions hear 421, a message that is arriving is the sender's again, the status is 0."""
     with Program("--port", 0, "--pop3", 0, cwd=tmp_path, count=2) as program:
-        idle, arriving, pop3 = (Line("127.0.0.1", program.ports[name]) for name in ("SMTP", "SMTP", "POP3"))
+        idle, arriving, pop3 = (
+            Line("127.0.0.1", program.ports[name]) for name in ("SMTP", "SMTP", "POP3")
+        )
         idle.reply(), pop3.readline(), arriving.reply()
         for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
             arriving.ask(command)
@@ -210,12 +233,16 @@ def test_mail_survives_a_restart(tmp_path, users):
         with Program("--port", 0, cwd=tmp_path) as program:
             assert send(program, f"Subject: {n}\r\n\r\n".encode()).startswith("250")
             assert program.stop()[0] == 0
-    assert [m["Subject"] for m in Store(tmp_path / "spool", users).messages("alice@example.test")] == ["0", "1"]
+    assert [
+        m["Subject"] for m in Store(tmp_path / "spool", users).messages("alice@example.test")
+    ] == ["0", "1"]
 
 
 def test_demo_passwords_on_an_open_address(tmp_path):
     for address, wanted in (("0.0.0.0", True), ("127.0.0.1", False)):
-        with Program("--port", 0, "--host", address, "--users", ROOT / "users.txt", cwd=tmp_path) as program:
+        with Program(
+            "--port", 0, "--host", address, "--users", ROOT / "users.txt", cwd=tmp_path
+        ) as program:
             assert ("WARNING" in program.stop()[1]) is wanted
 
 
@@ -248,7 +275,9 @@ def test_processes(tmp_path, users):
         pid = str(program.process.pid)
 
         def children():
-            out = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True, check=False).stdout
+            out = subprocess.run(
+                ["pgrep", "-P", pid], capture_output=True, text=True, check=False
+            ).stdout
             return set(map(int, out.split()))
 
         def until(good):
@@ -308,7 +337,9 @@ def test_what_a_person_sees_of_a_header(store, deliver, capsys):
     for header in HEADERS:
         deliver(header + b"\r\n\r\n")
     show_list(store, types.SimpleNamespace(address="alice@example.test"))
-    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == list(HEADERS.values())
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == list(
+        HEADERS.values()
+    )
 
 
 def test_store_words(tmp_path, users, call, deliver):
@@ -340,7 +371,9 @@ def test_store_words_while_mail_is_fetched(tmp_path, users, call, deliver, monke
     """What goes between the look at the folder and the look at the file is gone, and no mistake."""
     deliver(b"From: me@client.test\r\nSubject: hello\r\n\r\ntext\r\n")
     real = Store.paths
-    monkeypatch.setattr(Store, "paths", lambda store, address: [f"{store.folder}/gone", *real(store, address)])
+    monkeypatch.setattr(
+        Store, "paths", lambda store, address: [f"{store.folder}/gone", *real(store, address)]
+    )
     for words in (["list", "alice"], ["wait", "alice"]):
         assert call("store.py", *words) == (0, "2\t-\tme@client.test\thello\n", "")
     assert call("store.py", "accounts")[1].startswith("alice@example.test\t1 message\t46 octets\n")

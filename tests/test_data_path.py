@@ -6,14 +6,13 @@ import os
 import re
 
 import pytest
-from conftest import send
 from conversation import Line
+from helpers import END_OF_DATA, retrieve, send
 
 import smtpd_simple
 from lineserver import dot_stuff, dot_unstuff
-from pop3d_simple import split_lines, top
-from smtpd_simple import Newlines
-from store import Delivery, Target, wire
+from pop3d_simple import top
+from store import Delivery, LineEnds, Target, to_crlf
 
 
 def pieces(data, size):
@@ -80,14 +79,15 @@ def test_unstuff_every_short_text_in_every_cut():
         (b"a\r\nb\r\n", b"a\r\nb\r\n", 0),
         (b"a\nb\n", b"a\r\nb\r\n", 2),
         (b"a\rb\r", b"a\r\nb\r\n", 2),
-        (b"a\r\r\n\n\r", b"a\r\n\r\n\r\n\r\n", 3),
+        (b"a\r\r\n\n\r", b"a\r\n\r\n\r\n", 3),
+        (b"a\r\r\r\nb\r\rc\r\n", b"a\r\nb\r\n\r\nc\r\n", 4),
         (b"", b"", 0),
     ],
 )
-def test_newlines(data, wanted, bare, size):
-    newlines = Newlines()
-    assert b"".join(map(newlines.feed, pieces(data, size))) + newlines.end() == wanted
-    assert newlines.bare == bare
+def test_line_ends(data, wanted, bare, size):
+    line_ends = LineEnds()
+    assert b"".join(map(line_ends.feed, pieces(data, size))) + line_ends.end() == wanted
+    assert line_ends.bare == bare
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
@@ -98,12 +98,13 @@ def test_newlines(data, wanted, bare, size):
         (b"a\r\nb\r\n", b"a\r\nb\r\n"),
         (b"a\nb\n", b"a\r\nb\r\n"),
         (b"a\nb", b"a\r\nb\r\n"),
-        (b"a\r\n\nb\rc\r\n", b"a\r\n\r\nb\rc\r\n"),
+        (b"a\r\n\nb\rc\r\n", b"a\r\n\r\nb\r\nc\r\n"),
+        (b"a\r\r\nb\r\r", b"a\r\nb\r\n\r\n"),
         (b"a\r", b"a\r\n"),
     ],
 )
 def test_wire(file, wanted, size):
-    assert b"".join(wire(io.BytesIO(file).read, size)) == wanted
+    assert b"".join(to_crlf(io.BytesIO(file).read, size)) == wanted
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7])
@@ -143,7 +144,7 @@ TOP = b"A: 1\r\nB: 2\r\n\r\none\r\ntwo\r\n\r\nfour\r\n"
     ],
 )
 def test_top(text, count, wanted, size):
-    assert b"".join(top(split_lines(blocks_of(text, size)), count)) == wanted
+    assert b"".join(top(blocks_of(text, size), count)) == wanted
 
 
 MESSAGES = {
@@ -173,28 +174,10 @@ def test_octets_in_and_out(smtp, pop3, store, name):
         data = file.read()
     assert data.endswith(content)
     head = data[: len(data) - len(content)].split(b"\r\n")
-    assert [line.partition(b":")[0] for line in head if line[:1] != b"\t"] == [
-        b"Return-Path",
-        b"Delivered-To",
-        b"Received",
-        b"",
-    ]
+    names = [line.partition(b":")[0] for line in head if line[:1] != b"\t"]
+    missing = [b""] if name in ("not a message", "long lines of dots") else []
+    assert names == [b"Return-Path", b"Delivered-To", b"Received", *missing, b""]
     assert retrieve(pop3) == data
-
-
-def retrieve(pop3, number=1, user="alice@example.test", password="wonderland"):
-    with Line(pop3.host, pop3.port) as client:
-        client.readline()
-        client.ask(f"USER {user}")
-        assert client.ask(f"PASS {password}").startswith("+OK")
-        size = int(client.ask(f"LIST {number}").split()[2])
-        assert client.ask(f"RETR {number}") == f"+OK {size} octets"
-        lines = []
-        while (line := client.file.readline()) != b".\r\n":
-            lines.append(line[1:] if line.startswith(b".") else line)
-        data = b"".join(lines)
-        assert len(data) == size
-        return data
 
 
 def test_data_at_every_packet_boundary(smtp, store):
@@ -217,29 +200,11 @@ def test_data_at_every_packet_boundary(smtp, store):
             assert file.read().endswith(text)
 
 
-def test_bare_newlines_become_crlf(smtp, store):
+def test_bare_line_ends_become_crlf(smtp, store):
     assert send(smtp, b"Subject: x\n\nbare\rcr\r\n").startswith("250")
     [path] = store.paths("alice@example.test")
     with open(path, "rb") as file:
         assert file.read().endswith(b"Subject: x\r\n\r\nbare\r\ncr\r\n")
-
-
-END_OF_DATA = {  # published variants that some servers take for the end of data
-    "LF.LF": b"\n.\n",
-    "LF.CRLF": b"\n.\r\n",
-    "CRLF.LF": b"\r\n.\n",
-    "CR.CR": b"\r.\r",
-    "CR.CRLF": b"\r.\r\n",
-    "CRLF.CR": b"\r\n.\r",
-    "LF.CR": b"\n.\r",
-    "CR.LF": b"\r.\n",
-    "CRLF.NUL CRLF": b"\r\n.\0\r\n",
-    "CRLF NUL.CRLF": b"\r\n\0.\r\n",
-    "CRLF NUL.LF": b"\r\n\0.\n",
-    "CR NUL LF.CR NUL LF": b"\r\0\n.\r\0\n",
-    "CRCRLF.CRCRLF": b"\r\r\n.\r\r\n",
-    "CRLF.CRCRLF": b"\r\n.\r\r\n",
-}
 
 
 @pytest.mark.parametrize("name", END_OF_DATA)
@@ -272,7 +237,7 @@ LF_MESSAGES = {  # what stands between DATA and NOOP: what is stored
     b"Subject: nc\n\n..dot\r\nend\n.\n": b"Subject: nc\r\n\r\n.dot\r\nend\r\n",
     b"Subject: nc\n\nx\n.\r\n": b"Subject: nc\r\n\r\nx\r\n",
     b"Subject: nc\n\nx\r.\rMAIL FROM:<>\r.\n.\n": b"Subject: nc\r\n\r\nx\r\n.\r\nMAIL FROM:<>\r\n.\r\n",
-    b"Subject: nc\n\n\r\r\n.\n": b"Subject: nc\r\n\r\n\r\n\r\n",
+    b"Subject: nc\n\n\r\r\n.\n": b"Subject: nc\r\n\r\n\r\n",
     b"Subject: nc" + b"\n" * 10_000 + b".\n": b"Subject: nc" + b"\r\n" * 10_000,
 }
 
@@ -285,10 +250,22 @@ def test_a_session_that_begins_with_lf_ends_lines_with_lf(smtp, store, text, siz
         client.reply()
         client.send(b"EHLO me\n")
         client.reply()
-        everything = b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\n" + text + b"NOOP\nBDAT 2\n\n\nNOOP\n"
+        everything = (
+            b"MAIL FROM:<>\nRCPT TO:<alice@example.test>\nDATA\n"
+            + text
+            + b"NOOP\nBDAT 2\n\n\nNOOP\n"
+        )
         for start in range(0, len(everything), size):
             client.send(everything[start : start + size])
-        assert [client.reply()[:3] for _ in range(7)] == ["250", "250", "354", "250", "250", "503", "250"]
+        assert [client.reply()[:3] for _ in range(7)] == [
+            "250",
+            "250",
+            "354",
+            "250",
+            "250",
+            "503",
+            "250",
+        ]
     [path] = store.paths("alice@example.test")
     with open(path, "rb") as file:
         assert b"Subject" + file.read().partition(b"Subject")[2] == LF_MESSAGES[text]
@@ -337,7 +314,13 @@ def test_a_large_message_for_several_is_whole_in_each_mailbox(smtp, store):
     text = b"Subject: big\r\n\r\n" + b"0123456789abcde\r\n" * 200_000
     with Line(smtp.host, smtp.port) as client:
         client.reply()
-        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "RCPT TO:<bob@example.test>", "DATA"):
+        for command in (
+            "EHLO x",
+            "MAIL FROM:<>",
+            "RCPT TO:<alice@example.test>",
+            "RCPT TO:<bob@example.test>",
+            "DATA",
+        ):
             client.ask(command)
         client.send(text + b".\r\n")
         assert client.reply().startswith("250")

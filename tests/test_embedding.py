@@ -14,8 +14,8 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, USERS, send
 from conversation import Line
+from helpers import ROOT, USERS, send
 
 from pop3d_simple import POP3Server
 from smtpd_simple import Disconnect, SMTPServer
@@ -34,7 +34,12 @@ def test_the_python_of_readme(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) >= 5
     users = {"alice@example.test": "wonderland"}
-    space = {"send_something_to": send_something_to, "smtplib": smtplib, "Store": Store, "SMTPServer": SMTPServer}
+    space = {
+        "send_something_to": send_something_to,
+        "smtplib": smtplib,
+        "Store": Store,
+        "SMTPServer": SMTPServer,
+    }
     space["store"] = store = Store("spool", users, sync=False)
     with SMTPServer(("127.0.0.1", 0), store) as smtp, POP3Server(("127.0.0.1", 0), store) as pop3:
         first, *others = blocks
@@ -45,7 +50,11 @@ def test_the_python_of_readme(tmp_path, monkeypatch):
     store.clear()
     with SMTPServer(("127.0.0.1", 0), store) as mail:
         space["test_welcome_mail"](mail)
-    result = space["unittest"].TextTestRunner(stream=open("out", "w")).run(space["WelcomeMail"]("test_it_is_sent"))  # noqa: SIM115
+    result = (
+        space["unittest"]
+        .TextTestRunner(stream=open("out", "w"))
+        .run(space["WelcomeMail"]("test_it_is_sent"))
+    )
     assert result.wasSuccessful()
     check_faults(space, store)
 
@@ -56,13 +65,23 @@ def check_faults(space, store):
         Line(smtp.host, smtp.port) as client,
     ):
         client.reply(), client.ask("EHLO x"), client.ask("MAIL FROM:<>")
-        assert [client.ask("RCPT TO:<alice@example.test>")[:3] for _ in range(3)] == ["451", "451", "250"]
+        assert [client.ask("RCPT TO:<alice@example.test>")[:3] for _ in range(3)] == [
+            "451",
+            "451",
+            "250",
+        ]
     send_to = {"USER": "+OK", "PASS": "-ERR [IN-USE]"}
-    with POP3Server(("127.0.0.1", 0), store, intercept=space["in_use"]) as pop3, Line(pop3.host, pop3.port) as client:
+    with (
+        POP3Server(("127.0.0.1", 0), store, intercept=space["in_use"]) as pop3,
+        Line(pop3.host, pop3.port) as client,
+    ):
         client.readline()
         assert client.ask("USER alice").startswith(send_to["USER"])
         assert client.ask("PASS wonderland").startswith(send_to["PASS"])
-    with POP3Server(("127.0.0.1", 0), store, intercept=space["cut_retr"]) as pop3, Line(pop3.host, pop3.port) as client:
+    with (
+        POP3Server(("127.0.0.1", 0), store, intercept=space["cut_retr"]) as pop3,
+        Line(pop3.host, pop3.port) as client,
+    ):
         client.readline(), client.ask("USER alice"), client.ask("PASS wonderland")
         client.send("RETR 1\r\n")
         assert client.file.read() == b"+OK 1000 octets\r\nSubject: half a mess"
@@ -72,7 +91,9 @@ def check_faults(space, store):
 
 def test_wait_wakes_up_at_once(store, smtp):
     got = []
-    waiter = threading.Thread(target=lambda: got.extend(store.wait("alice@example.test", count=2, timeout=10)))
+    waiter = threading.Thread(
+        target=lambda: got.extend(store.wait("alice@example.test", count=2, timeout=10))
+    )
     waiter.start()
     for n in range(2):
         send(smtp, f"Subject: {n}\r\n\r\n".encode())
@@ -105,9 +126,11 @@ def test_what_is_no_file_is_no_message(store, smtp):
 def test_wait_ends_in_time_while_other_mail_comes(store, monkeypatch, deliver):
     """A mailbox that changes at each look does not keep it from ending."""
     real, clock = store.paths, itertools.count()
-    monkeypatch.setattr("store.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("store.clock", lambda: float(next(clock)))
     monkeypatch.setattr(store, "paths", lambda address: [*real(address), deliver()])
-    with pytest.raises(TimeoutError, match="waited 9 s for 1 message that match; there are: 'hi'"):
+    with pytest.raises(
+        TimeoutError, match="waited 9 s for 1 message that match; there are .* messages: .*'hi'"
+    ):
         store.wait("alice@example.test", timeout=9, match=lambda message: False)
 
 
@@ -119,7 +142,9 @@ def test_a_hook_may_stop_the_server(store):
 
 def test_wait_says_what_did_arrive(store, smtp):
     send(smtp)
-    with pytest.raises(TimeoutError, match=r"alice@example\.test: waited 0.01 s for 1 message that match.*'hi'"):
+    with pytest.raises(
+        TimeoutError, match=r"alice@example\.test: waited 0.01 s for 1 message that match.*'hi'"
+    ):
         store.wait("alice@example.test", timeout=0.01, match=lambda message: False)
     with pytest.raises(TimeoutError, match="nothing"):
         store.wait("bob@example.test", timeout=0.01)
@@ -138,7 +163,10 @@ def test_expect_none_and_clear(store, smtp):
     with pytest.raises(AssertionError, match="'hi'"):
         store.expect_none("alice@example.test", 1)
     store.clear("alice@example.test")
-    assert [len(store.messages(name)) for name in ("alice@example.test", "bob@example.test")] == [0, 1]
+    assert [len(store.messages(name)) for name in ("alice@example.test", "bob@example.test")] == [
+        0,
+        1,
+    ]
     store.clear()
     assert store.messages("bob@example.test") == []
 
@@ -162,10 +190,12 @@ def test_on_message(store):
     seen = []
     with SMTPServer(("127.0.0.1", 0), store, on_message=lambda *args: seen.append(args)) as smtp:
         send(smtp, to="staff@example.test")
-    [(envelope, path)] = seen
-    assert (envelope.sender, envelope.recipients) == ("me@client.test", ["staff@example.test"])
-    with open(path, "rb") as file:
-        assert b"Subject: hi" in file.read()
+    assert len(seen) == 2
+    for (envelope, path), name in zip(seen, ("alice", "bob"), strict=True):
+        assert (envelope.sender, envelope.recipients) == ("me@client.test", ["staff@example.test"])
+        assert f"/{name}@example.test/new/" in path
+        with open(path, "rb") as file:
+            assert b"Subject: hi" in file.read()
 
 
 def test_a_hook_that_fails_does_not_lose_mail(store, caplog):
@@ -190,12 +220,21 @@ def test_what_a_session_knows(store):
             session.envelope and session.envelope.recipients,
         )
 
-    with SMTPServer(("127.0.0.1", 0), store, intercept=look) as smtp, smtplib.SMTP(smtp.host, smtp.port) as client:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, intercept=look) as smtp,
+        smtplib.SMTP(smtp.host, smtp.port) as client,
+    ):
         client.ehlo("client.test")
         client.login("alice", "wonderland")
         client.sendmail("", ["bob@example.test"], "x")
     assert seen["CONNECT"] == ("127.0.0.1", "", None, False, None)
-    assert seen["."] == ("127.0.0.1", "client.test", "alice@example.test", False, ["bob@example.test"])
+    assert seen["."] == (
+        "127.0.0.1",
+        "client.test",
+        "alice@example.test",
+        False,
+        ["bob@example.test"],
+    )
 
 
 @pytest.mark.parametrize("verb", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", ".", "QUIT"])
@@ -209,7 +248,9 @@ def test_drop_the_line_anywhere(store, verb):
         Line(smtp.host, smtp.port) as client,
         contextlib.suppress(ConnectionError),
     ):
-        client.send("EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<alice@example.test>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n")
+        client.send(
+            "EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<alice@example.test>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n"
+        )
         client.file.read()
     assert len(store.messages("alice@example.test")) == (1 if verb == "QUIT" else 0)
 
@@ -291,10 +332,14 @@ def test_inside_asyncio(store):
 
 def test_importing_is_cheap_and_starts_nothing():
     code = "import sys, threading, smtpd_simple, pop3d_simple; print(threading.active_count(), *sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     count, *modules = out.split()
     assert count == "1"
-    assert not {"ssl", "email", "smtplib", "hashlib", "argparse", "asyncio", "subprocess"} & set(modules)
+    assert not {"ssl", "email", "smtplib", "hashlib", "argparse", "asyncio", "subprocess"} & set(
+        modules
+    )
 
 
 def test_pythons_mailbox_reads_the_spool(store, smtp):

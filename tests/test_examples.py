@@ -8,7 +8,11 @@ from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
 from store import Store
 
-USERS = {"test1@domain.com": "1982214", "test2@domain.com": "hunter2", "costa@amaxit.net": "1982214"}
+USERS = {
+    "test1@domain.com": "1982214",
+    "test2@domain.com": "hunter2",
+    "costa@amaxit.net": "1982214",
+}
 
 SCRIPTS = scripts("examples.txt")
 

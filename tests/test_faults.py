@@ -15,8 +15,8 @@ import time
 import types
 
 import pytest
-from conftest import ROOT, Program, send
 from conversation import Line
+from helpers import ROOT, Program, send
 
 from smtpd_simple import SMTPServer
 from store import Maildrop, Store
@@ -48,7 +48,9 @@ class Failing:
 
 @pytest.fixture
 def synced(tmp_path):
-    return Store(tmp_path / "synced", {"alice@example.test": "wonderland", "bob@example.test": "builder"})
+    return Store(
+        tmp_path / "synced", {"alice@example.test": "wonderland", "bob@example.test": "builder"}
+    )
 
 
 def in_spool(path, *_):
@@ -67,7 +69,8 @@ STEPS = {
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
-    ("code", "reply"), [(errno.ENOSPC, "452 4.3.1"), (errno.EIO, "451 4.3.0"), (errno.EROFS, "451 4.3.0")]
+    ("code", "reply"),
+    [(errno.ENOSPC, "452 4.3.1"), (errno.EIO, "451 4.3.0"), (errno.EROFS, "451 4.3.0")],
 )
 def test_a_disk_that_fails(synced, monkeypatch, step, code, reply):
     """The sender keeps the mail, nothing half is seen, and the next message works."""
@@ -77,7 +80,9 @@ def test_a_disk_that_fails(synced, monkeypatch, step, code, reply):
         Failing(monkeypatch, name, nth, code, fits)
         assert send(smtp, BIG).startswith(reply)
         monkeypatch.undo()
-        if step != "sync of the folder":  # then it is there, and comes again: twice is better than never
+        if (
+            step != "sync of the folder"
+        ):  # then it is there, and comes again: twice is better than never
             assert nothing_left(synced) == []
         assert send(smtp).startswith("250")
     assert synced.messages("alice@example.test")[-1]["Subject"] == "hi"
@@ -94,11 +99,17 @@ def test_a_full_disk_refuses_all_recipients(synced, monkeypatch):
     with SMTPServer(("127.0.0.1", 0), synced) as smtp, smtplib.SMTP(smtp.host, smtp.port) as client:
         Failing(monkeypatch, "write", 2, fits=lambda fd, data: len(data) > 100)
         with pytest.raises(smtplib.SMTPDataError) as error:
-            client.sendmail("a@b.test", ["alice@example.test", "bob@example.test"], "Subject: x\r\n\r\n" + "x" * 500)
+            client.sendmail(
+                "a@b.test",
+                ["alice@example.test", "bob@example.test"],
+                "Subject: x\r\n\r\n" + "x" * 500,
+            )
         monkeypatch.undo()
         assert error.value.smtp_code == 452
         assert nothing_left(synced) == []
-        client.sendmail("a@b.test", ["alice@example.test", "bob@example.test"], "Subject: x\r\n\r\n")
+        client.sendmail(
+            "a@b.test", ["alice@example.test", "bob@example.test"], "Subject: x\r\n\r\n"
+        )
 
 
 @pytest.fixture
@@ -108,7 +119,9 @@ def tmpfs(tmp_path):
     mounted = os.name == "posix" and shutil.which("mount")
     if (
         not mounted
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True
+        ).returncode
     ):
         pytest.skip("a small tmpfs can't be mounted here")
     yield folder
@@ -126,7 +139,9 @@ def test_a_disk_that_is_full_indeed(tmpfs):
         assert send(smtp, BIG[:2_000_000] + b"\r\n").startswith("250")
 
 
-@pytest.mark.parametrize("what", ["", "/alice@example.test", "/alice@example.test/new", "/alice@example.test/tmp"])
+@pytest.mark.parametrize(
+    "what", ["", "/alice@example.test", "/alice@example.test/new", "/alice@example.test/tmp"]
+)
 def test_folders_that_go_away(store, smtp, pop3, what):
     """They are made again: whoever clears the spool has not broken the server."""
     assert send(smtp).startswith("250")
@@ -209,9 +224,13 @@ def test_kill_under_load(tmp_path, users):
     """Eight senders, SIGKILL at random moments: what was acknowledged is there once and whole, and no lock stays."""
     chance, acknowledged = random.Random(1939), []
     for _ in range(30):
-        with Program("--port", 0, "--pop3", 0, "--users", users, "--spool", tmp_path / "spool", count=2) as program:
+        with Program(
+            "--port", 0, "--pop3", 0, "--users", users, "--spool", tmp_path / "spool", count=2
+        ) as program:
             threads = [
-                threading.Thread(target=keep_sending, args=(program.ports["SMTP"], n, acknowledged, n % 2))
+                threading.Thread(
+                    target=keep_sending, args=(program.ports["SMTP"], n, acknowledged, n % 2)
+                )
                 for n in range(8)
             ]
             for thread in threads:
@@ -287,7 +306,16 @@ def test_file_and_folder_are_synced_before_the_250(tmp_path, users):
         "trace=fsync,rename,renameat,renameat2,sendto",
         sys.executable,
     ]
-    argv = [*strace, ROOT / "smtpd_simple.py", "--port", "0", "--users", users, "--spool", tmp_path / "spool"]
+    argv = [
+        *strace,
+        ROOT / "smtpd_simple.py",
+        "--port",
+        "0",
+        "--users",
+        users,
+        "--spool",
+        tmp_path / "spool",
+    ]
     process = subprocess.Popen(
         [str(word) for word in argv], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -302,8 +330,15 @@ def test_file_and_folder_are_synced_before_the_250(tmp_path, users):
         process.terminate()
         process.wait(15)
         process.stdout.close()
-    seen = re.findall(r"fsync\(\d+<.*/(tmp|new)\b|\b(rename)\w*\(|(250 2.0.0 Ok: queued)", log.read_text())
-    assert ["".join(event) for event in seen][-4:] == ["tmp", "rename", "new", "250 2.0.0 Ok: queued"]
+    seen = re.findall(
+        r"fsync\(\d+<.*/(tmp|new)\b|\b(rename)\w*\(|(250 2.0.0 Ok: queued)", log.read_text()
+    )
+    assert ["".join(event) for event in seen][-4:] == [
+        "tmp",
+        "rename",
+        "new",
+        "250 2.0.0 Ok: queued",
+    ]
 
 
 def test_two_programs_on_one_spool(tmp_path, users):

@@ -19,7 +19,7 @@ SCRIPTS = scripts("pop3.txt")
 @pytest.fixture
 def three(store, deliver):
     store.mapping["carol@example.test"] = " two words "
-    store.change_accounts("dave@example.test", "x")
+    store.change_account("dave@example.test", "x")
     for n in range(3):
         deliver(b"Subject: %d\r\n\r\nhello\r\n" % n)
 
@@ -60,7 +60,10 @@ def login_when_free(pop3):
 
 
 def test_a_timeout_deletes_nothing_and_says_nothing(store, three):
-    with POP3Server(("127.0.0.1", 0), store, timeout=0.3) as pop3, Line(pop3.host, pop3.port) as client:
+    with (
+        POP3Server(("127.0.0.1", 0), store, timeout=0.3) as pop3,
+        Line(pop3.host, pop3.port) as client,
+    ):
         client.readline()
         client.ask("USER alice")
         client.ask("PASS wonderland")
@@ -89,7 +92,9 @@ def test_numbers_never_change(pop3, store, three, deliver):
     client.quit()
     client = login(pop3)
     assert client.stat()[0] == 3
-    assert [line.split()[1] for line in client.uidl()[1]][:2] == [line.split()[1] for line in first[1:]]
+    assert [line.split()[1] for line in client.uidl()[1]][:2] == [
+        line.split()[1] for line in first[1:]
+    ]
     client.quit()
 
 
@@ -132,7 +137,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-@pytest.mark.parametrize("file", ["new/1700000000.1_2.host", "cur/1700000000.M1P2.host,S=20:2,RS", "new/strange name"])
+@pytest.mark.parametrize(
+    "file", ["new/1700000000.1_2.host", "cur/1700000000.M1P2.host,S=20:2,RS", "new/strange name"]
+)
 def test_files_of_other_programs(pop3, store, name, file):
     """Other names, flags and line ends: served as the wire wants it, with the size that is sent, twice the same."""
     content, wanted = FOREIGN[name]
@@ -149,7 +156,9 @@ def test_files_of_other_programs(pop3, store, name, file):
 def test_remembered_sizes_are_not_trusted_over_the_file(pop3, store):
     folder = store.mailbox("alice@example.test")
     store.make_folder(folder)
-    for clock, content in enumerate((b"a\nb\n", b"a\nb\n", b"a\nb\nc\n", b"abc\nd\n"), 1_700_000_000):
+    for clock, content in enumerate(
+        (b"a\nb\n", b"a\nb\n", b"a\nb\nc\n", b"abc\nd\n"), 1_700_000_000
+    ):
         with open(f"{folder}/new/foreign", "wb") as out:
             out.write(content)
         os.utime(f"{folder}/new/foreign", (clock, clock))
@@ -275,7 +284,10 @@ def flagging(folder):
             for name in os.listdir(f"{folder}/cur"):
                 base, _, flags = name.partition(":")
                 with contextlib.suppress(FileNotFoundError):
-                    os.rename(f"{folder}/cur/{name}", f"{folder}/cur/{base}:2,{'' if flags == '2,S' else 'S'}")
+                    os.rename(
+                        f"{folder}/cur/{name}",
+                        f"{folder}/cur/{base}:2,{'' if flags == '2,S' else 'S'}",
+                    )
 
     thread = threading.Thread(target=rename)
     thread.start()
@@ -352,7 +364,9 @@ def test_what_is_renamed_for_ever_is_not_said_to_be_gone(pop3, store, monkeypatc
 
     def unlink(path, *args, **kwargs):
         if "/cur/" in str(path):
-            os.rename(f"{folder}/cur/{os.listdir(f'{folder}/cur')[0]}", f"{folder}/cur/x{next(flags)}")
+            os.rename(
+                f"{folder}/cur/{os.listdir(f'{folder}/cur')[0]}", f"{folder}/cur/x{next(flags)}"
+            )
         return real(path, *args, **kwargs)
 
     client = login(pop3)
@@ -395,7 +409,7 @@ def test_the_mailbox_is_free_before_the_good_bye_has_been_read(pop3, store, thre
     """Who is thrown out and does not close his end keeps nobody else waiting."""
     with Line(pop3.host, pop3.port) as client:
         client.send(b"USER alice\r\nPASS wonderland\r\n" + b"NONSENSE\r\n" * 20 + b"more\r\n")
-        while client.readline() != "-ERR too many errors, good bye":
+        while not client.readline().startswith("-ERR too many errors"):
             pass
         assert login(pop3).stat()[0] == 3
 

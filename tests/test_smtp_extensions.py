@@ -4,8 +4,8 @@ import base64
 import hmac
 
 import pytest
-from conftest import USERS
 from conversation import Line, play, scripts
+from helpers import USERS
 
 from pop3d_simple import POP3Server
 from smtpd_simple import MAX_RECIPIENTS, SMTPServer
@@ -79,7 +79,9 @@ def test_a_hashed_password_serves_plain_and_not_cram_md5(tmp_path):
         challenge = base64.b64decode(client.ask("AUTH CRAM-MD5")[4:])
         answer = b"carol " + hmac.new(b"secret", challenge, "md5").hexdigest().encode()
         assert client.ask(base64.b64encode(answer).decode()).startswith("535 5.7.8")
-        assert client.ask("AUTH PLAIN " + base64.b64encode(b"\0carol\0secret").decode()).startswith("235")
+        assert client.ask("AUTH PLAIN " + base64.b64encode(b"\0carol\0secret").decode()).startswith(
+            "235"
+        )
 
 
 def test_login_for_everything(store):
@@ -117,7 +119,7 @@ def test_bdat_is_the_octets_and_ends_its_last_line_on_the_wire(smtp, pop3, store
         data = file.read()
     assert data.endswith(wanted)
     assert path.endswith(f",S={len(data)},W={len(data) + 2}")
-    from test_data_path import retrieve
+    from helpers import retrieve
 
     assert retrieve(pop3) == data + b"\r\n"
 
@@ -145,14 +147,21 @@ def test_a_catch_all_is_nobodys_name(tmp_path):
 def test_received_says_how(store, tls):
     """RFC 3848: SMTP, ESMTP, S for TLS, A for a login."""
     login = f"C: AUTH PLAIN {PLAIN}\nS: 235 *\n"
-    message = (
-        "C: MAIL FROM:<>\nS: 250 *\nC: RCPT TO:<alice@example.test>\nS: 250 *\nC: DATA\nS: 354 *\nC: .\nS: 250 *\n"
-    )
+    message = "C: MAIL FROM:<>\nS: 250 *\nC: RCPT TO:<alice@example.test>\nS: 250 *\nC: DATA\nS: 354 *\nC: .\nS: 250 *\n"
     tls_start = EHLO + "C: STARTTLS\nS: 220 *\nTLS\n" + EHLO.split("\n", 1)[1]
     with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp:
-        for begin in ("S: 220 *\nC: HELO x\nS: 250 *\n", EHLO, EHLO + login, tls_start, tls_start + login):
+        for begin in (
+            "S: 220 *\nC: HELO x\nS: 250 *\n",
+            EHLO,
+            EHLO + login,
+            tls_start,
+            tls_start + login,
+        ):
             play(smtp, begin + message)
-    protocols = [message["Received"].split(" with ")[1].split()[0] for message in store.messages("alice@example.test")]
+    protocols = [
+        message["Received"].split(" with ")[1].split()[0]
+        for message in store.messages("alice@example.test")
+    ]
     assert protocols == ["SMTP", "ESMTP", "ESMTPA", "ESMTPS", "ESMTPSA"]
 
 

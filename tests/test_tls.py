@@ -60,7 +60,7 @@ def test_passwords_in_clear_from_afar(store, tls, monkeypatch):
     with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp:
         play(smtp, START + "C: AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=\nS: 538 5.7.11 *")
     with POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
-        play(pop3, "S: +OK*\nC: USER alice\nS: -ERR STLS first*")
+        play(pop3, "S: +OK*\nC: USER alice\nS: -ERR send STLS first*")
 
 
 def test_implicit_tls_with_python_clients(store, certificate, tls):
@@ -81,11 +81,18 @@ def test_implicit_tls_with_python_clients(store, certificate, tls):
 
 def test_starttls_and_stls_with_python_clients(store, certificate, tls):
     context = ssl.create_default_context(cafile=certificate[0])
-    with SMTPServer(("127.0.0.1", 0), store, **tls) as smtp, POP3Server(("127.0.0.1", 0), store, **tls) as pop3:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, **tls) as smtp,
+        POP3Server(("127.0.0.1", 0), store, **tls) as pop3,
+    ):
         with smtplib.SMTP("localhost", smtp.port) as client:
             client.starttls(context=context)
             client.login("alice", "wonderland")
-            client.sendmail("a@b.test", "alice@example.test", b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" * 50_000)
+            client.sendmail(
+                "a@b.test",
+                "alice@example.test",
+                b"Subject: big\r\n\r\n" + b"x" * 70 + b"\r\n" * 50_000,
+            )
         client = poplib.POP3("localhost", pop3.port)
         client.stls(context=context)
         client.user("alice")
@@ -102,7 +109,10 @@ def test_old_tls_is_refused(store, tls):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        context.minimum_version, context.maximum_version = (
+            ssl.TLSVersion.TLSv1,
+            ssl.TLSVersion.TLSv1_1,
+        )
     with (
         SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp,
         Line(smtp.host, smtp.port) as client,
@@ -125,7 +135,10 @@ def test_silent_tls_clients_disturb_nobody(store, tls):
 
 def test_a_session_ends_with_close_notify(store, tls):
     """Without it a client can't tell the end from a cut line."""
-    with SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp, Line(smtp.host, smtp.port) as client:
+    with (
+        SMTPServer(("127.0.0.1", 0), store, implicit_tls=True, **tls) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         client.file.close()
@@ -141,7 +154,8 @@ def test_a_self_signed_certificate_is_made_once(tmp_path, certificate):
 
     results = []
     threads = [
-        threading.Thread(target=lambda: results.append(self_signed(tmp_path / "spool", "a.test"))) for _ in range(2)
+        threading.Thread(target=lambda: results.append(self_signed(tmp_path / "spool", "a.test")))
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()

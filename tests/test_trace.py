@@ -19,11 +19,31 @@ def test_both_protocols_in_one_timeline(store):
     ):
         with Line(smtp.host, smtp.port) as client:
             client.reply()
-            secrets = ["AUTH LOGIN", "YWxpY2U=", "d29uZGVybGFuZA==", "AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ="]
-            secrets += ["AUTH PLAIN\tAGFsaWNlAHdvbmRlcmxhbmQ=", " AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ="]
-            for command in ["EHLO x", *secrets, "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"]:
+            secrets = [
+                "AUTH LOGIN",
+                "YWxpY2U=",
+                "d29uZGVybGFuZA==",
+                "AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=",
+            ]
+            secrets += [
+                "AUTH PLAIN\tAGFsaWNlAHdvbmRlcmxhbmQ=",
+                " AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=",
+            ]
+            for command in [
+                "EHLO x",
+                *secrets,
+                "MAIL FROM:<>",
+                "RCPT TO:<alice@example.test>",
+                "DATA",
+            ]:
                 client.ask(command)
-            for line in ("Subject: x", "", "..dot", *["line"] * 100, "."):  # one by one, as a person types them
+            for line in (
+                "Subject: x",
+                "",
+                "..dot",
+                *["line"] * 100,
+                ".",
+            ):  # one by one, as a person types them
                 client.send(line + "\r\n")
             client.reply()
         with Line(pop3.host, pop3.port) as client:
@@ -54,7 +74,11 @@ def test_colours_on_a_terminal_only(monkeypatch):
         def isatty(self):
             return True
 
-    for stream, variable, wanted in ((io.StringIO(), "", False), (Terminal(), "", True), (Terminal(), "1", False)):
+    for stream, variable, wanted in (
+        (io.StringIO(), "", False),
+        (Terminal(), "", True),
+        (Terminal(), "1", False),
+    ):
         monkeypatch.setenv("NO_COLOR", variable)
         Trace(stream).line("SMTP", 1, "S", "550 no \x1b[2J")
         assert ("\x1b[31m" in stream.getvalue()) is wanted

@@ -79,7 +79,6 @@ MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; more are refused with 
 MIN_RECIPIENTS = 100  # that are taken however long they are
 MAX_ENVELOPE = 1 << 16  # octets of recipients' addresses and parameters beyond those
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100
-MAX_FIELD_NAME = 1000  # octets in which a line has to show that it is a header field
 READ_BLOCK = 1 << 17  # octets of a message that are read at once
 
 # RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII, and dots anywhere in a local part, as
@@ -115,10 +114,14 @@ RCPT_PARAMETERS = {
 HELO_NAME = re.compile(rf"(?:[!#-'*+./0-9=?A-Z^-~-]|\([!#-'*+./0-9=?A-Z^-~-]*\))+|{LITERAL}")
 NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
 
-HEADER_LINES = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*)+")
+# Header fields (RFC 5322 2.2); a name that is longer than a line may be is not one.
+FIELD_NAME = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
+HEADER_LINES = re.compile(rb"(?:%b[^\n]*\n(?:[ \t][^\n]*\n)*)+" % FIELD_NAME)
 CONTINUATION = re.compile(rb"(?:[ \t][^\n]*\n)+")
-FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
-MAYBE_FIELD = re.compile(rb"[!-9;-~]*[ \t]*\r?")  # the beginning of a line, cut
+FIELD_START = re.compile(FIELD_NAME)
+MAYBE_FIELD = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # the beginning of a line, cut
+RECEIVED = re.compile(rb"received[ \t]*:", re.IGNORECASE)
+RECEIVED_LINES = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
 # ---------------------------------------------------------------- pure helpers
@@ -271,12 +274,12 @@ class HeaderScan:
             return self.start_field(block, at)
         if lines:
             self.begun = True
-            self.hops += len(re.findall(rb"(?im)^received[ \t]*:", lines[0]))
+            self.hops += len(RECEIVED_LINES.findall(lines[0]))
             return lines.end()
         if FIELD_START.match(block, at) or (self.begun and block[at : at + 1] in (b" ", b"\t")):
             return self.start_field(block, at)
         rest = block[at:]
-        if len(rest) < MAX_FIELD_NAME and MAYBE_FIELD.fullmatch(rest):
+        if MAYBE_FIELD.fullmatch(rest):
             self.held = rest
         else:
             self.ended = True
@@ -285,7 +288,7 @@ class HeaderScan:
     def start_field(self, block: bytes, at: int) -> int:
         """Go on inside a line whose end may not have come."""
         self.begun = self.in_field = True
-        self.hops += block[at : at + 9].lower() == b"received:"
+        self.hops += RECEIVED.match(block, at) is not None
         return at
 
     def end(self) -> bytes:

@@ -1,6 +1,7 @@
 """What the tests share: accounts, programs as processes, messages sent and fetched, two servers in a row."""
 
 import contextlib
+import re
 import signal
 import smtplib
 import subprocess
@@ -52,6 +53,22 @@ def retrieve(pop3, number=1, user="alice@example.test", password="wonderland"):
         data = b"".join(lines)
         assert len(data) == size
         return data
+
+
+def with_empty_line(content):
+    """Return CRLF content with the empty line put in that is missing after its header.
+
+    A reference for the server's way, which does it in pieces: by lines, as one would explain it.
+    """
+    lines, begun = content.split(b"\r\n"), False
+    for number, line in enumerate(lines):
+        if not line:
+            break
+        field = re.match(rb"[!-9;-~]+[ \t]*:", line) or (begun and line[:1] in (b" ", b"\t"))
+        if not field and not (number == 0 and re.match(b">?From ", line)):
+            return b"\r\n".join([*lines[:number], b"", *lines[number:]])
+        begun = True
+    return content
 
 
 class Program:

@@ -3,7 +3,6 @@
 import email.policy
 import os
 import poplib
-import re
 import shutil
 import smtplib
 import subprocess
@@ -11,7 +10,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
-from helpers import retrieve
+from helpers import retrieve, with_empty_line
 
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
@@ -273,7 +272,7 @@ CORPUS = corpus()
 def test_corpus_octet_for_octet(store, smtp, pop3):
     """In through smtplib, out through poplib: the same behind our three fields.
 
-    A message without a header has the empty line in front that is missing.
+    A message whose header is not complete gets the empty line that is missing.
     """
     with smtplib.SMTP(smtp.host, smtp.port) as client:
         for content in CORPUS.values():
@@ -283,12 +282,11 @@ def test_corpus_octet_for_octet(store, smtp, pop3):
     client.pass_("wonderland")
     for number, (name, wanted) in enumerate(CORPUS.items(), 1):
         lines = client.retr(number)[1]
-        data = b"".join(line + b"\r\n" for line in lines)
+        data, wanted = b"".join(line + b"\r\n" for line in lines), with_empty_line(wanted)
         assert data.endswith(b"\r\n" + wanted), name
         head = data[: len(data) - len(wanted)].replace(b"\r\n\t", b" ").split(b"\r\n")
         names = [line.split(b":")[0] for line in head]
-        missing = [] if re.match(rb"[^\s:]+:|From |\r\n", wanted) else [b""]
-        assert names == [b"Return-Path", b"Delivered-To", b"Received", *missing, b""], name
+        assert names == [b"Return-Path", b"Delivered-To", b"Received", b""], name
     client.quit()
 
 

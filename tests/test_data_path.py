@@ -7,12 +7,64 @@ import re
 
 import pytest
 from conversation import Line
-from helpers import END_OF_DATA, retrieve, send
+from helpers import END_OF_DATA, retrieve, send, with_empty_line
 
 import smtpd_simple
 from lineserver import dot_stuff, dot_unstuff
 from pop3d_simple import top
+from smtpd_simple import HeaderScan
 from store import Delivery, LineEnds, Target, to_crlf
+
+HEADERS = {  # what is sent: what is stored
+    b"": b"",
+    b"\r\n": b"\r\n",
+    b"Hello Alice,\r\nmy first mail.\r\n": b"\r\nHello Alice,\r\nmy first mail.\r\n",
+    b"Subject: x\r\nHello Alice,\r\n": b"Subject: x\r\n\r\nHello Alice,\r\n",
+    b"Subject: x\r\n\r\nno: field\r\ntext\r\n": b"Subject: x\r\n\r\nno: field\r\ntext\r\n",
+    b"Subject: x\r\n y\r\n\tz\r\n\r\ntext\r\n": b"Subject: x\r\n y\r\n\tz\r\n\r\ntext\r\n",
+    b"Subject : x\r\n\r\n": b"Subject : x\r\n\r\n",
+    b" x\r\nA: b\r\n": b"\r\n x\r\nA: b\r\n",
+    b"From me Mon\r\nA: b\r\n\r\nx": b"From me Mon\r\nA: b\r\n\r\nx",
+    b"A: b\r\nFrom me Mon\r\n": b"A: b\r\n\r\nFrom me Mon\r\n",
+    b"Fro\r\n": b"\r\nFro\r\n",
+    b"From": b"\r\nFrom",
+    b"no end": b"\r\nno end",
+    b"A: no end": b"A: no end",
+    b"A: b\r\nno end": b"A: b\r\n\r\nno end",
+    b"A: b\r\nSubj:\r\n": b"A: b\r\nSubj:\r\n",
+    b"A: b\r\n: c\r\n": b"A: b\r\n\r\n: c\r\n",
+    b"a" * 2000 + b": b\r\n": b"\r\n" + b"a" * 2000 + b": b\r\n",
+    "Gr\u00fc\u00dfe: x\r\n".encode(): b"\r\n" + "Gr\u00fc\u00dfe: x\r\n".encode(),
+    b"http://x.test/\r\n": b"http://x.test/\r\n",
+}
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 7])
+@pytest.mark.parametrize("data", HEADERS, ids=lambda data: ascii(data[:30]))
+def test_the_empty_line_that_is_missing(data, size):
+    """Before the first line that is neither a field nor a continuation, wherever blocks end."""
+    scan = HeaderScan()
+    assert b"".join(map(scan.feed, pieces(data, size))) + scan.end() == HEADERS[data]
+
+
+def test_every_short_header_in_every_cut():
+    parts = [b"A: b\r\n", b" c\r\n", b"text\r\n", b"\r\n", b"From x\r\n", b"\tx"]
+    for chosen in itertools.product(parts, repeat=4):
+        data = b"".join(chosen)
+        for size in (0, 1, 3):
+            scan = HeaderScan()
+            got = b"".join(map(scan.feed, pieces(data, size))) + scan.end()
+            assert got == with_empty_line(data), (data, size)
+
+
+def test_hops_are_counted_in_the_header_only():
+    hop = b"Received: from a by b\r\n"
+    text = hop * 3 + b"received :x\r\n\tReceived: y\r\nX-Received: z\r\n\r\n" + hop * 5
+    for size in (0, 1, 7):
+        scan = HeaderScan()
+        for block in pieces(text, size):
+            scan.feed(block)
+        assert scan.hops == 4, size
 
 
 def pieces(data, size):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import itertools
 import mailbox
 import os
@@ -50,11 +51,8 @@ def test_the_python_of_readme(tmp_path, monkeypatch):
     store.clear()
     with SMTPServer(("127.0.0.1", 0), store) as mail:
         space["test_welcome_mail"](mail)
-    result = (
-        space["unittest"]
-        .TextTestRunner(stream=open("out", "w"))
-        .run(space["WelcomeMail"]("test_it_is_sent"))
-    )
+    runner = space["unittest"].TextTestRunner(stream=io.StringIO())
+    result = runner.run(space["WelcomeMail"]("test_it_is_sent"))
     assert result.wasSuccessful()
     check_faults(space, store)
 
@@ -129,7 +127,7 @@ def test_wait_ends_in_time_while_other_mail_comes(store, monkeypatch, deliver):
     monkeypatch.setattr("store.clock", lambda: float(next(clock)))
     monkeypatch.setattr(store, "paths", lambda address: [*real(address), deliver()])
     with pytest.raises(
-        TimeoutError, match="waited 9 s for 1 message that match; there are .* messages: .*'hi'"
+        TimeoutError, match=r"waited 9 s for 1 message that match; there are .* messages: .*'hi'"
     ):
         store.wait("alice@example.test", timeout=9, match=lambda message: False)
 

@@ -229,6 +229,7 @@ class Relay:
         self.thread: threading.Thread | None = None
         self.queue_lock: int | None = None
         self.lock = threading.RLock()
+        self.domains: dict[tuple[str, int], set[str]] = {}  # of the recipients of each entry
         self.count_lock = threading.Lock()
         self.stopping = threading.Event()
         self.log = logging.getLogger("relay")
@@ -236,14 +237,18 @@ class Relay:
     def waiting_for(self, node: str) -> int:
         """Return how many queued messages an ETRN node stands for; raise OSError.
 
-        One entry is in memory at a time, however many clients ask.
+        One entry is in memory at a time, however many clients ask, and each is read once.
         """
-        count = 0
         with self.count_lock:
+            known, self.domains = self.domains, {}
             for name in self.store.queue_names():
-                if entry := self.store.entry(name):
-                    count += any(matches_node(node, r.domain) for r in entry.recipients)
-        return count
+                version = self.store.entry_version(name)
+                if version is not None and (name, version) in known:
+                    self.domains[name, version] = known[name, version]
+                elif version is not None and (entry := self.store.entry(name)):
+                    self.domains[name, version] = {r.domain for r in entry.recipients}
+            found = self.domains.values()
+            return sum(any(matches_node(node, domain) for domain in domains) for domains in found)
 
     def start(self) -> None:
         """Work on the queue in a thread, if there is any route, or mail from when there was one."""

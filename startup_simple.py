@@ -11,10 +11,11 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from lineserver import (
@@ -31,8 +32,9 @@ from lineserver import (
 from store import Store, users_file
 
 ENDING = {signal.SIGINT, signal.SIGTERM}
-RELOAD = getattr(signal, "SIGHUP", None)  # Windows has none
+RELOAD: int = getattr(signal, "SIGHUP", -1)  # Windows has none
 RESTART_PAUSE = 0.1  # seconds before a dead worker process is replaced
+RETRY_PAUSE = 1  # seconds between two looks at the worker processes
 THREAD_STACK = 256 * 1024  # octets: the depth of a session is known, and there may be thousands
 
 MakeServers = Callable[[argparse.Namespace, Store, dict[str, Any]], list[LineServer]]
@@ -63,16 +65,16 @@ def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
 def serve(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
     """Announce the listeners and serve until SIGINT or SIGTERM."""
     log_to_stderr(servers)
-    block_signals()
+    signals = Signals()
     threading.stack_size(THREAD_STACK)
     warn_of_demo_passwords(store, servers)
     if args.processes == 1:
         pin_to_cpu(os.getpid())
         start(servers)
         announce(args, store, servers)
-        serve_here(store, servers)
+        serve_here(signals, store, servers)
     else:
-        supervise(args, store, servers)
+        supervise(args, signals, store, servers)
 
 
 # ---------------------------------------------------------------- options
@@ -339,30 +341,34 @@ def pin_to_cpu(number: int) -> None:
 # ---------------------------------------------------------------- signals
 
 
-def block_signals() -> None:
-    """Block our signals, here and in all threads and processes started later.
+class Signals:
+    """The signals that a program waits for, one after the other; none is lost.
 
-    wait_for_signal() takes them with sigwait().  A Python handler could miss a signal that arrives
-    between a check and a wait, and could raise anywhere.  Programs that a hook starts get them as
-    usual.
+    A handler in C writes each signal's number into a socket as it arrives.  Programs that a hook
+    starts have their signals as usual, which blocked ones would not.
     """
-    if not hasattr(signal, "sigwait"):
-        return
-    numbers = {*ENDING, signal.SIGCHLD, *({RELOAD} if RELOAD else ())}
-    for number in numbers:
-        # An ignored signal (`nohup`, `&`) would be discarded and never reach sigwait().
-        signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 
+    def __init__(self) -> None:
+        self.reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self.writer = writer  # kept open
+        names = ("SIGINT", "SIGTERM", "SIGCHLD", "SIGHUP")  # Windows has the first two
+        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            # Also where it was ignored (`nohup`, `&`): an ignored signal never reaches a handler.
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self.terminal = next((fd for fd in range(3) if os.isatty(fd)), None)
 
-def wait_for_signal(numbers: Iterable[int]) -> int:
-    """Return the first of some signals that arrives."""
-    if hasattr(signal, "sigwait"):
-        return signal.sigwait(numbers)
-    with contextlib.suppress(KeyboardInterrupt):
-        while True:
-            time.sleep(1)
-    return signal.SIGINT
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Return the next signal's number, or None after `seconds` without one."""
+        self.reader.settimeout(seconds)
+        try:
+            number = self.reader.recv(1)[0]
+        except TimeoutError:
+            return None
+        if number == RELOAD and self.terminal is not None and not os.isatty(self.terminal):
+            return signal.SIGTERM  # our terminal was closed
+        return number
 
 
 def reload(store: Store, servers: list[LineServer]) -> None:
@@ -389,13 +395,11 @@ def start(servers: list[LineServer]) -> None:
         raise
 
 
-def serve_here(store: Store, servers: list[LineServer]) -> None:
+def serve_here(signals: Signals, store: Store, servers: list[LineServer]) -> None:
     """Serve in this process until a signal ends it."""
-    while True:
-        number = wait_for_signal({*ENDING, *({RELOAD} if RELOAD else ())})
-        if number in ENDING:
-            break
-        reload(store, servers)
+    while (number := signals.wait()) not in ENDING:
+        if number == RELOAD:
+            reload(store, servers)
     for server in servers:
         server.begin_stop()
     deadline = clock() + STOP_TIMEOUT
@@ -426,7 +430,14 @@ class Workers:
     def fork(self, index: int) -> int:
         """Start one worker; return its process ID."""
         serial = next(self.serials[index])
-        if pid := os.fork():
+        handled = {*ENDING, signal.SIGHUP}  # one that comes now must reach the right process
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+        try:
+            pid = os.fork()
+            signals = Signals() if pid == 0 else None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+        if signals is None:
             return pid
         try:
             os.close(self.pipe[1])
@@ -438,7 +449,7 @@ class Workers:
                 server.shares_listener = True
             threading.Thread(target=self.exit_with_parent, daemon=True).start()
             start(self.servers)
-            serve_here(self.store, self.servers)
+            serve_here(signals, self.store, self.servers)
         except BaseException:
             logging.exception("worker process %d", os.getpid())
             os._exit(1)
@@ -475,30 +486,20 @@ class Workers:
             time.sleep(0.01)
 
 
-def supervise(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
+def supervise(
+    args: argparse.Namespace, signals: Signals, store: Store, servers: list[LineServer]
+) -> None:
     """Keep worker processes serving the same listeners; replace those that die."""
     workers = Workers(store, servers, args.processes)
     workers.start_missing()
     if not workers.indexes:
         raise RuntimeError("no worker process could be started")
     announce(args, store, servers)
-    numbers = {*ENDING, signal.SIGCHLD, *({RELOAD} if RELOAD else ())}
-    while True:
-        number = wait_or_retry(numbers, workers)
-        if number in ENDING:
-            break
+    while (number := signals.wait(RETRY_PAUSE)) not in ENDING:
         if number == RELOAD:
-            workers.send(number)
-        else:
-            workers.collect()
+            workers.send(RELOAD)
+        workers.collect()
+        if len(workers.indexes) < args.processes:
             time.sleep(RESTART_PAUSE)  # don't restart a worker in a tight loop
             workers.start_missing()
     workers.stop()
-
-
-def wait_or_retry(numbers: set[int], workers: Workers) -> int:
-    """Return the next signal; SIGCHLD after a while when a worker is still missing."""
-    if len(workers.indexes) == workers.count:
-        return wait_for_signal(numbers)
-    found = signal.sigtimedwait(numbers, 1)
-    return found.si_signo if found else signal.SIGCHLD

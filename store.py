@@ -829,11 +829,10 @@ class Store:
 
         Whoever made them may have failed to, or may be about to: a message is not safe before.
         """
-        while self.sync and folder not in self.durable:
-            parent = os.path.dirname(folder)
-            self.sync_folder(parent)
+        if self.sync and folder not in self.durable:
+            self.make_durable(os.path.dirname(folder))
+            self.sync_folder(os.path.dirname(folder))
             self.durable.add(folder)
-            folder = parent
 
     def announce(self, queued: bool) -> None:
         """Wake whoever waits for mail, and the relay if some of it is for other hosts."""
@@ -1007,6 +1006,13 @@ class Store:
             return None
         except ValueError as error:
             self.complain_once("%s: not an entry: %s", path, error)
+            return None
+
+    def entry_version(self, name: str) -> int | None:
+        """Return what changes when an entry is saved, or None when it is gone."""
+        try:
+            return os.stat(f"{self.queue_folder}/{name}.json").st_mtime_ns
+        except FileNotFoundError:
             return None
 
     def queued_message(self, name: str) -> io.FileIO:

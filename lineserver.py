@@ -227,7 +227,7 @@ class LineReader:
         except OSError as error:
             raise Disconnect(f"lost: {error.strerror or error}") from None
         if not block:
-            raise Disconnect("the client left")
+            raise Disconnect("hung up")
         return block
 
     def limit(self, seconds: float) -> None:

@@ -79,7 +79,7 @@ MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; more are refused with 
 MIN_RECIPIENTS = 100  # that are taken however long they are
 MAX_ENVELOPE = 1 << 16  # octets of recipients' addresses and parameters beyond those
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100
-READ_BLOCK = 1 << 17  # octets of a message that are read at once
+READ_BLOCK = 1 << 16  # octets of a message that are read at once
 
 # RFC 5321 4.1.2, with RFC 6531 3.3 for what is not ASCII, and dots anywhere in a local part, as
 # Postfix takes them.  The character classes are negated, because Unicode ranges take 0.1 s to
@@ -593,6 +593,7 @@ class SMTPHandler(LoginHandler):
         try:
             for block in self.read_lines() if self.bare_lf else self.read_data():
                 content.add(block)
+                del block  # waiting for the next one may take minutes
             return self.finish_content(envelope, content)
         finally:
             self.reset()
@@ -607,7 +608,7 @@ class SMTPHandler(LoginHandler):
             if content:
                 yield content if begun else content[2:]
                 begun = True
-            del content
+            del block, content  # waiting for the next one may take minutes
             if ended:
                 break
         if trace:
@@ -642,6 +643,7 @@ class SMTPHandler(LoginHandler):
         try:
             for block in self.read_chunk(size):
                 content.add(block)
+                del block
         except BaseException:
             self.reset()
             raise
@@ -671,6 +673,7 @@ class SMTPHandler(LoginHandler):
             if trace:
                 trace.feed(block)
             yield block
+            del block
         if trace:
             trace.end()
 

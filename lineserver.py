@@ -161,10 +161,12 @@ def set_timeout(sock: socket.socket, seconds: float) -> None:
     """
     if KERNEL_TIMEOUT and sock.gettimeout() is None:
         value = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000) or 1)
-        with contextlib.suppress(PermissionError):  # sandboxes refuse options that they don't know
+        try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
             return
+        except PermissionError:  # a sandbox that refuses socket options
+            pass
     sock.settimeout(seconds)
 
 
@@ -370,7 +372,10 @@ class LineHandler(socketserver.BaseRequestHandler):
             reply = str(refusal)
         except OSError as error:  # sockets raise Disconnect, hooks HookError: this is the disk
             reply = self.store_failed(verb, error)
-        self.count_error(verb, reply)
+        if isinstance(reply, str) and reply.startswith(self.error_prefix):
+            self.count_error(verb, reply)
+        else:
+            self.errors = 0
         return reply
 
     def read_command(self) -> tuple[str, str]:
@@ -398,11 +403,8 @@ class LineHandler(socketserver.BaseRequestHandler):
     def check_command(self, verb: str, argument: str) -> None:
         """Look at each command first; a protocol that forbids it here and now raises Refused."""
 
-    def count_error(self, verb: str, reply: Reply) -> None:
+    def count_error(self, verb: str, reply: str) -> None:
         """Count errors in a row, and log a refusal; the trace shows it anyway."""
-        if not isinstance(reply, str) or not reply.startswith(self.error_prefix):
-            self.errors = 0
-            return
         self.errors += 1
         self.mask_unknown = self.mask_unknown or verb in self.masked_after
         if not self.server.trace:
@@ -701,10 +703,11 @@ class LoginHandler(LineHandler):
         After too many failures in the session raise Disconnect.  A client address that has failed
         too often at this account is refused without a check.
         """
-        throttle, host = self.server.throttle, self.peer[0]
-        account = self.users.login_address(name) or name[:100]
-        if seconds := throttle.begin(host, account):
-            return self.fail(name, str(self.replies["blocked"]).format(round(seconds) + 1))
+        throttle, host, account = self.server.throttle, self.peer[0], ""
+        if not is_loopback(host):  # tests and classes work there
+            account = self.users.login_address(name) or name[:100]
+            if seconds := throttle.begin(host, account):
+                return self.fail(name, str(self.replies["blocked"]).format(round(seconds) + 1))
         try:
             address = check()
         except TooManyHashes:
@@ -732,7 +735,7 @@ class LoginThrottle:
 
     Only that account is blocked, and only from that address, since many people may share either.
     Failures are forgotten one by one.  A check that is under way counts as a failure, so guesses
-    at the same time gain nothing.  Loopback is exempt: tests and classes work there.
+    at the same time gain nothing.
     """
 
     def __init__(self, first_delay: float):
@@ -742,8 +745,6 @@ class LoginThrottle:
 
     def begin(self, host: str, account: str) -> float:
         """Count a check; return 0.0, or for how many seconds the account is still blocked."""
-        if is_loopback(host):
-            return 0.0
         with self.lock:
             times = self.failures.pop((host, account), None) or collections.deque()
             while times and clock() - times[0] > FAILURE_MEMORY:

@@ -647,7 +647,7 @@ class Relay:
 
     def inject(self, name: str, recipient: str, text: bytes) -> None:
         """Send a report from the null sender: to a mailbox, along a route, or nowhere."""
-        received = f"Received: by {self.hostname} id {name}; {mail_date(time.time())}\r\n"
+        received = f"Received: by {self.hostname} id {name}; {mail_date(int(time.time()))}\r\n"
         mailboxes, entry = self.routing.mailboxes(recipient), None
         targets = [self.store.mailbox_target(m, "", recipient, received) for m in mailboxes]
         if not mailboxes:
@@ -775,7 +775,7 @@ def build_report(
     title = next((titles[action] for action in titles if action in actions), "was passed on")
     boundary = f"report-{name}"
     lines = [
-        f"Date: {mail_date(time.time())}",
+        f"Date: {mail_date(int(time.time()))}",
         f"From: Mail delivery <postmaster@{relay.hostname}>",
         f"To: <{entry.sender}>",
         f"Subject: Your message {title}",
@@ -800,7 +800,7 @@ def build_report(
 
 def explain(relay: Relay, entry: QueueEntry, recipients: Recipients, title: str) -> list[str]:
     """Return a report's part for people."""
-    when = mail_date(entry.arrival_time)
+    when = mail_date(int(entry.arrival_time))
     opening = f"This is the mail server {relay.hostname}. Your message of {when} {title}:"
     about = [f"  <{r.address}>: {r.action}. {r.diagnostic}".rstrip() for r in recipients]
     return [opening, "", *about]
@@ -811,7 +811,7 @@ def status_fields(relay: Relay, entry: QueueEntry, recipients: Recipients) -> li
     envid = entry.parameters.get("ENVID")
     lines = [f"Original-Envelope-Id: {unxtext(envid)}"] if envid else []
     lines.append(f"Reporting-MTA: dns; {relay.hostname}")
-    lines.append(f"Arrival-Date: {mail_date(entry.arrival_time)}")
+    lines.append(f"Arrival-Date: {mail_date(int(entry.arrival_time))}")
     for r in recipients:
         lines.append("")
         if r.orcpt:
@@ -826,7 +826,7 @@ def status_fields(relay: Relay, entry: QueueEntry, recipients: Recipients) -> li
             lines.append(f"Diagnostic-Code: smtp; {escape_address(r.diagnostic)[:900]}")
         if r.action == "delayed":
             end = time.time() + relay.lifetime - entry.age()
-            lines.append(f"Will-Retry-Until: {mail_date(end)}")
+            lines.append(f"Will-Retry-Until: {mail_date(int(end))}")
     return lines
 
 

@@ -111,7 +111,8 @@ RCPT_PARAMETERS = {
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",
 }
 # A HELO name that can stand in `Received` as it is; some say localhost.(none).
-HELO_NAME = re.compile(rf"(?:[!#-'*+./0-9=?A-Z^-~-]|\([!#-'*+./0-9=?A-Z^-~-]*\))+|{LITERAL}")
+NAME = "[!#-'*+./0-9=?A-Z^-~-]"
+HELO_NAME = re.compile(rf"(?:{NAME}++|\({NAME}*+\))++|{LITERAL}")
 NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
 
 # Header fields (RFC 5322 2.2); a name that is longer than a line may be is not one.
@@ -739,7 +740,7 @@ class SMTPHandler(LoginHandler):
         only = len(envelope.accepted) == 1
         whom = f"\r\n\tfor <{envelope.accepted[0].address}>" if only else ""
         by = f"by {self.server.hostname} with {protocol} id {envelope.id}{whom}"
-        return f"Received: from {name}\r\n\t{by}; {mail_date(time.time())}\r\n"
+        return f"Received: from {name}\r\n\t{by}; {mail_date(int(time.time()))}\r\n"
 
     def queue_entry(self, envelope: Envelope) -> QueueEntry | None:
         """Return the queue's record of a message for other hosts; None: all of it stays here."""

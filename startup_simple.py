@@ -279,16 +279,18 @@ class StderrLog(logging.Handler):
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         self.line("%s", text)
 
-    def line(self, text: object, *values: object, **_: object) -> None:
+    def line(self, text: str, *values: object) -> None:
         """Write one line.
 
         Has the signature of Logger.info(), and sessions call it directly: LogRecords would take up
         to a third of a POP3 session's time.
         """
-        message = str(text) % values if values else text
+        message = text % values if values else text
         octets = f"{timestamp(time.time())} {message}\n".encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        try:
             os.write(2, octets)
+        except OSError:  # nobody reads it any more
+            return
 
 
 def log_to_stderr(servers: list[LineServer]) -> None:

@@ -448,11 +448,12 @@ def new_id() -> str:
     return f"{time.time_ns() // 1000:X}{os.getpid() % 0x10000:04X}{next(ids) % 0x1000:03X}"
 
 
-def mail_date(seconds: float) -> str:
-    """Return a time as mail writes it (RFC 5322 3.3), whatever the locale."""
+@functools.lru_cache(maxsize=8)
+def mail_date(second: int) -> str:
+    """Return a time as mail writes it (RFC 5322 3.3); cached, for many messages share a second."""
     import email.utils
 
-    return email.utils.formatdate(seconds, localtime=True)
+    return email.utils.formatdate(second, localtime=True)
 
 
 def count_messages(count: int) -> str:
@@ -556,13 +557,14 @@ class Delivery:
     ) -> list[str]:
         """Rename the files to what they will be called, the queue's entry (the last) in the end."""
         paths = list(self.pending.values())
-        for folder in dict.fromkeys(map(os.path.dirname, paths)):
+        folders = {path.rpartition("/")[0]: True for path in paths}
+        for folder in folders:
             self.store.make_durable(folder)
         messages = list(self.pending)[: -1 if queued else None]
         for tmp in messages:
             self.store.rename(tmp, self.pending[tmp])
             del self.pending[tmp]
-        for folder in dict.fromkeys(map(os.path.dirname, paths[: len(messages)])):
+        for folder in folders:
             if folder != self.store.queue_folder:  # it is synced with the entry
                 self.store.sync_folder(folder)
         if published:
@@ -598,8 +600,9 @@ class Delivery:
 
     def close(self) -> None:
         """Let go of the files; what has not been committed is gone."""
-        with contextlib.suppress(OSError):
-            self.close_file()
+        if self.fd is not None:
+            with contextlib.suppress(OSError):
+                self.close_file()
         for tmp in self.pending:
             with contextlib.suppress(OSError):
                 os.unlink(tmp)

@@ -297,7 +297,6 @@ def test_failed_logins_get_slower_and_are_blocked():
     throttle.clear(AFAR, "alice")
     assert [fail(AFAR, "alice") for _ in range(21)][-1] > 100
     assert throttle.begin(AFAR, "bob") == throttle.begin("192.0.2.2", "alice") == 0.0
-    assert [fail("127.0.0.1", "alice") for _ in range(30)] == [0.0] * 30
 
 
 def test_failures_are_forgotten_one_by_one(monkeypatch):

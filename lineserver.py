@@ -692,6 +692,17 @@ class LoginHandler(LineHandler):
         "CRAM-MD5": sasl_cram_md5,
     }
 
+    def masked(self, line: str) -> str:
+        words = line.split()
+        if (
+            len(words) > 1
+            and words[0].upper() == "AUTH"
+            and words[1].upper() not in self.mechanisms
+        ):
+            words[1] = "****"
+            line = " ".join(words)
+        return super().masked(line)
+
     def check_password(self, name: str, password: bytes) -> str | None:
         """Return the account that name and password open; a hash waits for its turn."""
         turn = functools.partial(hashing.turn, self.peer[0])

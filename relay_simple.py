@@ -81,9 +81,9 @@ class Routing:
     ):
         self.store = store
         self.hostname = canonical("@" + hostname)[1:]
-        self.default = None if default is None else split_address(default, default)
+        self.default = None if default is None else split_address(default, f"relay {default}")
         self.routes = {
-            canonical("@" + domain)[1:]: split_address(to, f"{domain}={to}")
+            canonical("@" + domain)[1:]: split_address(to, f"route {domain}={to}")
             for domain, to in (routes or {}).items()
         }
 
@@ -148,7 +148,7 @@ def as_routes(given: "dict[str, str] | list[str] | None") -> dict[str, str]:
     for text in given or []:
         domain, equals, host = text.partition("=")
         if not (domain and equals and host):
-            raise ValueError(f"{printable(text)}: a route is DOMAIN=HOST or DOMAIN=HOST:PORT")
+            raise ValueError(f"route {printable(text)}: not DOMAIN=HOST or DOMAIN=HOST:PORT")
         routes[domain] = host
     return routes
 

@@ -10,13 +10,14 @@ import io
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from lineserver import (
     STOP_TIMEOUT,
@@ -51,7 +52,8 @@ def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
         servers = make_servers(args, store, server_options(args))
         serve(args, store, servers)
     except ValueError as error:
-        print(f"{args.program}: {printable(str(error))}", file=sys.stderr)
+        text = re.sub("^[a-z_]+(?=[: ])", lambda match: option_name(match[0], args), str(error))
+        print(f"{args.program}: {printable(text)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, MemoryError) as error:
         name = getattr(error, "filename", None)
@@ -60,6 +62,11 @@ def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
         print(f"{args.program}: {printable(f'{where}{what}')}", file=sys.stderr)
         return 1
     return 0
+
+
+def option_name(keyword: str, args: argparse.Namespace) -> str:
+    """Return the option that stands for a keyword of the servers, in their messages."""
+    return f"--{keyword.replace('_', '-')}" if keyword in vars(args) else keyword
 
 
 def serve(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
@@ -80,6 +87,13 @@ def serve(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> 
 # ---------------------------------------------------------------- options
 
 
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {printable(message)} (--help shows the options)\n")
+
+
 def parse_arguments(argv: list[str] | None, protocol: str) -> argparse.Namespace:
     """Read the command line of the program for SMTP or POP3; end the program when it is wrong."""
     open_standard_descriptors()
@@ -88,7 +102,7 @@ def parse_arguments(argv: list[str] | None, protocol: str) -> argparse.Namespace
     about = (
         "A small mail server: SMTP in, POP3 out." if smtp else "A POP3 server on a Maildir spool."
     )
-    parser = argparse.ArgumentParser(prog=program, description=about, allow_abbrev=False)
+    parser = OptionParser(prog=program, description=about, allow_abbrev=False)
     add = parser.add_argument
     add(
         "--host",

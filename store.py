@@ -38,7 +38,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -1076,7 +1076,7 @@ def make_private_folder(path: str) -> None:
         os.mkdir(path, 0o700)
     except FileExistsError:
         if not os.path.isdir(path):
-            raise
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
 
 
 def take_lock(path: str) -> int | None:
@@ -1736,9 +1736,12 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
     """Read the command line; end the program when it is wrong."""
     import argparse
 
-    program = os.path.basename(sys.argv[0])
-    parser = argparse.ArgumentParser(
-        prog=program,
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.exit(2, f"{self.prog}: {printable(message)} (--help shows the commands)\n")
+
+    parser = Parser(
+        prog=os.path.basename(sys.argv[0]),
         description="Look at the spool. It is not changed, but by clear.",
         epilog="\n".join(
             ["commands:", *(f"  {c:9} {text}" for c, (_, _, text) in COMMANDS.items())]
@@ -1762,14 +1765,13 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
         parser.print_help()
         sys.exit(2)
     if args.command not in COMMANDS:
-        names = ", ".join(COMMANDS)
-        parser.exit(2, f"{program}: {args.command!a} is not a command; there are: {names}\n")
+        parser.error(f"{args.command} is not a command")
     _, counts, usage = COMMANDS[args.command]
     if len(args.words) not in counts:
-        parser.exit(2, f"{program}: usage: {args.command} {usage}\n")
+        parser.error(f"usage: {args.command} {usage}")
     args.address, number = (*args.words, None, None)[:2]
     if number and not (number.isascii() and number.isdigit()):
-        parser.exit(2, f"{program}: {number!a} is not a message's number\n")
+        parser.error(f"{number} is not a message's number")
     args.number = int(number or 0)
     return args
 

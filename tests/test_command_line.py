@@ -35,9 +35,10 @@ def run(script, *argv, **options):
 def call(tmp_path, monkeypatch, capsys):
     """Call a program's main() in tmp_path: call("store.py", argument, ...) gives status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("startup_simple.run", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr("startup_simple.serve", lambda *_: pytest.fail("it started"))
 
     def call(script, *argv):
+        monkeypatch.setattr(sys, "argv", [script])
         try:
             status = {
                 "store.py": store_main,
@@ -107,7 +108,9 @@ ngN2Molr7gSF/5/P8XFTK18H
         (["--tls-cert", "users.txt", "--tls-key", "users.txt"], 2, "not a certificate"),
         (["--users", "missing.txt"], 1, "missing.txt: No such file"),
         (["--users", "broken.txt"], 2, "broken.txt:2: "),
-        (["--spool", "users.txt/spool"], 1, "users.txt/spool"),
+        (["--spool", "users.txt/spool"], 1, "users.txt: Not a directory"),
+        (["--host", "\udcff"], 2, "\\xff is not a host"),
+        (["--host", "nosuch.invalid"], 1, "nosuch.invalid:0: "),
         (["--host", "203.0.113.1"], 1, "203.0.113.1"),
     ],
 )
@@ -337,14 +340,15 @@ def test_what_a_person_sees_of_a_header(store, deliver, capsys):
     for header in HEADERS:
         deliver(header + b"\r\n\r\n")
     show_list(store, types.SimpleNamespace(address="alice@example.test"))
-    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == list(
+    assert [line.split("\t")[3] for line in capsys.readouterr().out.splitlines()] == list(
         HEADERS.values()
     )
 
 
 def test_store_words(tmp_path, users, call, deliver):
     deliver(b"From: me@client.test\r\nSubject: hello\r\n\r\ntext\r\n")
-    listed = "1\t-\tme@client.test\thello\n"
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime())
+    listed = f"1\t{date}\t46\tme@client.test\thello\n"
     alices = "alice@example.test\t1 message\t46 octets\nstaff@example.test\t= alice@example.test\n"
     assert call("store.py", "accounts") == (0, alices, "")
     assert call("store.py", "--spool", "spool", "list", "alice") == (0, listed, "")
@@ -359,6 +363,8 @@ def test_store_words(tmp_path, users, call, deliver):
         "nonsense",
         "list",
         "wait x --timeout nan",
+        "wait alice --count 0",
+        "show alice x",
     ):
         status, _, stderr = call("store.py", *mistake.split())
         assert (status, stderr.count("\n")) == (2, 1), stderr
@@ -375,7 +381,9 @@ def test_store_words_while_mail_is_fetched(tmp_path, users, call, deliver, monke
         Store, "paths", lambda store, address: [f"{store.folder}/gone", *real(store, address)]
     )
     for words in (["list", "alice"], ["wait", "alice"]):
-        assert call("store.py", *words) == (0, "2\t-\tme@client.test\thello\n", "")
+        status, out, err = call("store.py", *words)
+        assert (status, err) == (0, "")
+        assert re.fullmatch(r"2\t.{16}\t46\tme@client.test\thello\n", out)
     assert call("store.py", "accounts")[1].startswith("alice@example.test\t1 message\t46 octets\n")
 
 

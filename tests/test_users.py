@@ -2,6 +2,8 @@
 
 import logging
 import os
+import random
+import time
 
 import pytest
 
@@ -48,7 +50,10 @@ def users(tmp_path):
         ("postmaster@elsewhere.test", []),
         ("*@caught.test", ["alice@example.test"]),
         ("*", []),
-        ("alice", []),
+        ("alice", ["alice@example.test"]),
+        ("Alice+tag", ["alice@example.test"]),
+        ("staff", ["alice@example.test", "Bob.B@Example.TEST"]),
+        ("nobody", []),
         ("@example.test", []),
         ("", []),
     ],
@@ -166,6 +171,7 @@ def test_every_wrong_login_costs_the_same(monkeypatch):
         (b"a\x1bb@example.test:x", "character"),
         (b"a" * 65 + b"@example.test:x", "longer"),
         (b"a@" + b"b" * 256 + b":x", "longer"),
+        (b"a" * 64 + b"@" + b".".join([b"b" * 60] * 4) + b":x", "folder's name"),
         (b"caf\xe9@example.test:x", "UTF-8"),
         (b"carol@example.test:{SCRYPT}xyz", "hash"),
         (b"*@example.test:x", "catch-all"),
@@ -205,7 +211,14 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     assert Users.read(str(path)).check_password("bob", b"y") == "bob@a.test"
 
 
-def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
+@pytest.fixture
+def settled(monkeypatch):
+    """A clock of a file's changes that is always half a minute ahead."""
+    real = time.time
+    monkeypatch.setattr("store.time.time", lambda: real() + 30)
+
+
+def test_the_file_is_read_again_when_it_changes(tmp_path, caplog, settled):
     """A broken new version is logged with its line, and the old one stays in force."""
     caplog.set_level(logging.INFO)
     path = tmp_path / "users.txt"
@@ -223,3 +236,80 @@ def test_the_file_is_read_again_when_it_changes(tmp_path, caplog):
     assert store.users.check_password("alice", b"two")
     path.write_text("alice@a.test:four\n")
     assert store.users.check_password("alice", b"four")
+
+
+def test_a_file_that_is_being_written_is_not_believed(tmp_path, monkeypatch):
+    """Many programs write in place: half a file must not refuse known users."""
+    path, now = tmp_path / "users.txt", [0.0]
+    path.write_text("alice@a.test:one\nbob@a.test:two\n")
+    store = Store(tmp_path / "spool", path)
+    monkeypatch.setattr("store.clock", lambda: now[0])
+    monkeypatch.setattr("store.time.time", lambda: 0.0)  # a file that seems to be of the future
+    path.write_text("alice@a.test:one\n")
+    for seconds, known in ((0, True), (0.4, True), (0.2, False)):
+        now[0] += seconds
+        assert bool(store.users.mailboxes("bob@a.test")) is known
+    path.write_text("alice@a.test:one\nbob@a.test:tw")
+    now[0] += 1
+    assert store.users.check_password("bob", b"tw") is None
+
+
+def test_a_file_that_cannot_be_read_is_logged_once(tmp_path, caplog, settled):
+    path = tmp_path / "users.txt"
+    path.write_text("alice@a.test:one\n")
+    store = Store(tmp_path / "spool", path)
+    os.unlink(path)
+    path.mkdir()
+    for _ in range(5):
+        assert store.users.check_password("alice", b"one")
+    assert caplog.text.count("stay as they were") == 1
+
+
+SAME = {  # an account: other ways to write its address
+    "info@straße.example": ["info@xn--strae-oqa.example", "INFO@XN--STRAE-OQA.example"],
+    "a@bücher.example": ["a@xn--bcher-kva.example", "a@bu\u0308cher.example"],
+    "a@xn--bcher-kva.example": ["a@bücher.example"],
+    "jos\u00e9@a.test": ["jose\u0301@a.test", "JOS\u00c9@a.test"],
+    "a@faß.test": ["a@xn--fa-hia.test"],
+    "a@例子.example": ["a@xn--fsqu00a.example"],
+    "a@σίσυφος.example": [f"a@xn--{'σίσυφος'.encode('punycode').decode()}.example"],
+}
+
+
+@pytest.mark.parametrize("account", SAME)
+def test_one_account_however_it_is_written(account):
+    """Case, normalisation form, U-labels and A-labels, IDNA 2008 names included."""
+    users = Users.from_mapping({account: "x"})
+    for address in SAME[account]:
+        assert users.mailboxes(address) == [account], ascii(address)
+        assert users.check_password(address, b"x") == account
+
+
+def test_canonical_is_idempotent():
+    """For every character, and for A-labels of any kind."""
+    chance = random.Random(5)
+    labels = ["".join(chance.choices("abcxyz019-", k=chance.randrange(12))) for _ in range(20_000)]
+    addresses = [f"{chr(n)}x@{chr(n)}.test" for n in range(0x3000) if not 0xD800 <= n < 0xE000]
+    for address in addresses + [f"a@xn--{label}.test" for label in labels]:
+        once = canonical(address)
+        assert canonical(once) == once, ascii(address)
+        if "--" in address:
+            assert not set(once.partition("@")[2]) & set("@/\\ "), ascii(address)
+
+
+def test_accounts_that_are_one_account_are_refused():
+    with pytest.raises(UsersError, match="twice"):
+        Users.from_mapping({"jos\u00e9@a.test": "x", "jose\u0301@a.test": "y"})
+
+
+def test_a_catch_all_by_option(tmp_path):
+    """`* = ADDRESS` in other words: more exact lines win, a target that nobody has is an error."""
+    store = Store(tmp_path, {"alice@a.test": "x", "bob@b.test": "y", "*@c.test": "bob@b.test"})
+    store.set_catch_all(True)
+    assert store.users.mailboxes("anything@else.test") == ["alice@a.test"]
+    assert store.users.mailboxes("x@c.test") == ["bob@b.test"]
+    store.set_catch_all("bob@b.test")
+    assert store.users.mailboxes("anything@else.test") == ["bob@b.test"]
+    with pytest.raises(UsersError, match=r"catch_all: nobody@a\.test is neither"):
+        store.set_catch_all("nobody@a.test")
+    assert store.users.mailboxes("anything@else.test") == ["bob@b.test"]

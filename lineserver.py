@@ -34,7 +34,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 if TYPE_CHECKING:
@@ -849,7 +848,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         intercept: Hook | None,
     ):
         check_option("trace", trace, bool, Trace)
-        check_option("intercept", intercept, Callable, NoneType)
+        check_option("intercept", intercept, Callable, None)
         self.hostname = hostname
         self.logger = logging.getLogger(handler.protocol.lower())
         self.log = self.logger.info  # takes each fact about a session
@@ -1109,8 +1108,9 @@ def join(threads: Iterable[threading.Thread], deadline: float) -> None:
 
 def check_option(name: str, value: object, *kinds: Any, least: float | None = None) -> None:
     """Raise TypeError when an option is not of these kinds, ValueError when it is too small."""
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+    types = tuple(type(None) if kind is None else kind for kind in kinds)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
         raise TypeError(f"{name}: {value!r} is not {wanted}")
     if least is not None and isinstance(value, int | float) and not least <= value <= 10**15:
         raise ValueError(f"{name}: {value!r} is not a number above 0")
@@ -1141,8 +1141,8 @@ class TLSOptions:
     """The TLS options of a server, with the paths of certificate and key, which may be one file."""
 
     def __init__(self, cert: Path | None, key: Path | None, implicit: bool, required: bool):
-        check_option("tls_cert", cert, str, os.PathLike, NoneType)
-        check_option("tls_key", key, str, os.PathLike, NoneType)
+        check_option("tls_cert", cert, str, os.PathLike, None)
+        check_option("tls_key", key, str, os.PathLike, None)
         check_option("implicit_tls", implicit, bool)
         check_option("require_tls", required, bool)
         if cert is None and (key is not None or implicit or required):
@@ -1164,8 +1164,8 @@ class Limits:
 
     def __init__(self, connections: int, per_address: int | None, timeout: float | None):
         check_option("max_connections", connections, int, least=1)
-        check_option("max_per_address", per_address, int, NoneType, least=1)
-        check_option("timeout", timeout, int, float, NoneType, least=0.001)
+        check_option("max_per_address", per_address, int, None, least=1)
+        check_option("timeout", timeout, int, float, None, least=0.001)
         self.connections = min(connections, spare_descriptors())
         self.per_address = per_address or connections - connections // 10
         self.on_loopback = per_address or connections

@@ -143,7 +143,7 @@ def as_routes(given: "dict[str, str] | list[str] | None") -> dict[str, str]:
     """Return routes from a dict or from `domain=host:port` texts; raise ValueError or TypeError."""
     if isinstance(given, dict):
         return given
-    check_option("route", given, list, tuple, type(None))
+    check_option("route", given, list, tuple, None)
     routes = {}
     for text in given or []:
         domain, equals, host = text.partition("=")
@@ -207,7 +207,7 @@ class Relay:
         timeout: float = 300,
         hosts_at_once: int = 20,
     ):
-        check_option("relay", default, str, type(None))
+        check_option("relay", default, str, None)
         check_option("first_pause", first_pause, int, float, least=0)
         check_option("longest_pause", longest_pause, int, float, least=0)
         check_option("lifetime", lifetime, int, float, least=0)

@@ -31,7 +31,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lineserver import (
@@ -992,7 +991,7 @@ class SMTPServer(LineServer):
         check_option("auth", auth, bool)
         check_option("any_login", any_login, bool)
         check_option("size_limit", size_limit, int, least=1)
-        check_option("on_message", on_message, Callable, NoneType)
+        check_option("on_message", on_message, Callable, None)
         if not auth and (require_auth or any_login):
             raise ValueError("auth: require_auth and any_login need logins")
         self.require_auth = require_auth
@@ -1003,8 +1002,8 @@ class SMTPServer(LineServer):
 
     def set_relay(self, hostname: str, relay: Any, route: Any, options: Any) -> None:
         """Take the Relay to share, or make one."""
-        check_option("relay", relay, str, Relay, NoneType)
-        check_option("relay_options", options, dict, NoneType)
+        check_option("relay", relay, str, Relay, None)
+        check_option("relay_options", options, dict, None)
         self.owns_relay = not isinstance(relay, Relay)
         if not self.owns_relay and (route or options):
             raise ValueError("route, relay_options: give them to the Relay that is shared")

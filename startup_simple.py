@@ -72,16 +72,16 @@ def option_name(keyword: str, args: argparse.Namespace) -> str:
 def serve(args: argparse.Namespace, store: Store, servers: list[LineServer]) -> None:
     """Announce the listeners and serve until SIGINT or SIGTERM."""
     log_to_stderr(servers)
-    signals = Signals()
     threading.stack_size(THREAD_STACK)
     warn_of_demo_passwords(store, servers)
-    if args.processes == 1:
-        pin_to_cpu(os.getpid())
-        start(servers)
-        announce(args, store, servers)
-        serve_here(signals, store, servers)
-    else:
-        supervise(args, signals, store, servers)
+    with contextlib.closing(Signals()) as signals:
+        if args.processes > 1:
+            supervise(args, signals, store, servers)
+        else:
+            pin_to_cpu(os.getpid())
+            start(servers)
+            announce(args, store, servers)
+            serve_here(signals, store, servers)
 
 
 # ---------------------------------------------------------------- options
@@ -367,7 +367,7 @@ class Signals:
     def __init__(self) -> None:
         self.reader, writer = socket.socketpair()
         writer.setblocking(False)
-        self.writer = writer  # kept open
+        self.writer = writer
         names = ("SIGINT", "SIGTERM", "SIGCHLD", "SIGHUP")  # Windows has the first two
         for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
             # Also where it was ignored (`nohup`, `&`): an ignored signal never reaches a handler.
@@ -385,6 +385,11 @@ class Signals:
         if number == RELOAD and self.terminal is not None and not os.isatty(self.terminal):
             return signal.SIGTERM  # our terminal was closed
         return number
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(-1)
+        self.reader.close()
+        self.writer.close()
 
 
 def reload(store: Store, servers: list[LineServer]) -> None:

@@ -1505,7 +1505,9 @@ def select_messages(
             if match and looked_at and clock() >= deadline:
                 break
             message = read_message(path)
-            looked_at[path] = None if message and match and not match(message) else message
+            if message is not None and match and not match(message):
+                message = None
+            looked_at[path] = message
     found = [looked_at.get(path) for path in paths]
     return [message for message in found if message is not None]
 

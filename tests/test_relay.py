@@ -1,6 +1,7 @@
 """From one server to the next: routes, the queue, retries, ETRN, loops (RFC 5321, 1985)."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -983,3 +984,192 @@ def test_a_message_taken_out_of_the_queue_while_it_is_tried(stores, caplog):
             send_mail(a, ["bob@b.example"])
         assert empty(stores[0])
     assert "Traceback" not in caplog.text
+
+
+# ---- clocks, codes and replies
+
+
+@pytest.mark.parametrize("years", [3, -50])
+def test_a_clock_that_was_wrong_neither_strands_nor_bounces_mail(stores, monkeypatch, years):
+    """It is set after the first try: ETRN starts the mail, and one more failure is not the last."""
+    real, hook = time.time, Intercept(RCPT=["450 4.2.1 later"] * 2)
+    slow = {"first_pause": 3600, "longest_pause": 3600, "timeout": 5}
+    monkeypatch.setattr("relay_simple.ETRN_PAUSE", 0.0)
+    with pair(stores, slow, {"intercept": hook}) as (a, _), Line(a.host, a.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86400)
+        send_mail(a, ["bob@b.example"])
+        until_tried(stores[0])
+        monkeypatch.setattr(time, "time", real)
+        assert client.ask("ETRN b.example").startswith("253 ")
+        deadline = time.monotonic() + 5
+        while stores[0].queued()[0].recipients[0].attempts < 2:
+            assert time.monotonic() < deadline
+        assert client.ask("ETRN b.example").startswith("253 ")
+        stores[1].wait("bob@b.example")
+        assert empty(stores[0])
+    assert stores[0].messages("alice@a.example") == []
+
+
+@pytest.mark.parametrize("years", [0, 3, -50])
+def test_a_restart_with_another_clock(stores, monkeypatch, years):
+    """What was put off until the year 2029 is tried after the longest pause, and not given up."""
+    real = time.time
+    options = {"hostname": "a.example", "relay": "127.0.0.1:1", "relay_options": FAST}
+    monkeypatch.setattr(time, "time", lambda: real() + years * 365 * 86400)
+    with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a:
+        send_mail(a, ["bob@b.example"])
+        until_tried(stores[0])
+    monkeypatch.setattr(time, "time", real)
+    with SMTPServer(("127.0.0.1", 0), stores[1], hostname="b.example") as b:
+        options["relay"] = f"127.0.0.1:{b.port}"
+        with SMTPServer(("127.0.0.1", 0), stores[0], **options):
+            stores[1].wait("bob@b.example")
+            assert empty(stores[0])
+    assert stores[0].messages("alice@a.example") == []
+
+
+def test_replies_that_arrive_together_are_read_one_after_the_other():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"354 go\r\n552-5.3.4 too\r\n552 much\r\n")
+        theirs.shutdown(socket.SHUT_WR)
+        reader = LineReader(ours, lambda: None)
+        assert read_reply(reader, 5) == (354, b"go")
+        assert read_reply(reader, 5) == (552, b"5.3.4 too\nmuch")
+        with pytest.raises(ConnectionError):
+            read_reply(reader, 5)
+
+
+TOO_MANY = {  # a reply to RCPT: whether it is tried again
+    "552 too many recipients": True,
+    "552 5.5.3 too many recipients": True,
+    "552 5.2.2 mailbox full": False,
+    "552 5.3.4 too large": False,
+    "452 4.2.2 mailbox full": True,
+    "550 5.5.3 no": False,
+}
+
+
+@pytest.mark.parametrize("reply", TOO_MANY)
+def test_552_is_temporary_only_when_it_means_too_many_recipients(stores, reply):
+    hook = Intercept(RCPT=[reply])
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send_mail(a, ["bob@b.example"])
+        assert empty(stores[0])
+    assert len(stores[1].messages("bob@b.example")) == TOO_MANY[reply]
+    assert len(stores[0].messages("alice@a.example")) == (not TOO_MANY[reply])
+
+
+def test_two_recipients_that_fail_differently_have_their_own_reasons(stores):
+    hook = Intercept(RCPT=["550 5.2.1 mailbox disabled", "553 5.1.3 bad address"])
+    with pair(stores, b_options={"intercept": hook}) as (a, _):
+        send_mail(a, ["bob@b.example", "bill@b.example"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    _, one, other = report.get_payload(1).get_payload()
+    for fields, address, code in ((one, "bob", "550 5.2.1"), (other, "bill", "553 5.1.3")):
+        assert fields["Final-Recipient"] == f"rfc822;{address}@b.example"
+        assert fields["Status"] == code[4:]
+        assert fields["Diagnostic-Code"].startswith(f"smtp; {code}")
+
+
+def test_a_stop_is_no_attempt(stores):
+    """The connection is cut by our own stop: nothing is counted, nothing put off."""
+    stopping = threading.Event()
+
+    def hang(session, verb, argument):
+        if verb == "MAIL":
+            stopping.set()
+            session.server.stopping.wait(10)
+
+    with SMTPServer(("127.0.0.1", 0), stores[1], intercept=hang) as b:
+        with SMTPServer(("127.0.0.1", 0), stores[0], relay=f"127.0.0.1:{b.port}") as a:
+            send_mail(a, ["bob@b.example"])
+            assert stopping.wait(10)
+            a.relay.stop(0)
+        b.begin_stop()
+    [entry] = stores[0].queued()
+    assert (entry.recipients[0].attempts, entry.recipients[0].action) == (0, "")
+
+
+def test_a_host_that_hangs_up_leaves_no_socket(stores, recwarn):
+    with socket.create_server(("127.0.0.1", 0)) as rude:
+        stop = threading.Event()
+
+        def hang_up():
+            while not stop.is_set():
+                rude.accept()[0].close()
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        route = {"b.example": f"127.0.0.1:{rude.getsockname()[1]}"}
+        options = {"route": route, "relay_options": FAST}
+        with SMTPServer(("127.0.0.1", 0), stores[0], **options) as a:
+            send_mail(a, ["bob@b.example"])
+            until_tried(stores[0])
+            stop.set()
+            socket.create_connection(rude.getsockname()).close()
+        thread.join(5)
+    gc.collect()
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
+
+
+ETRN = {  # a node: the code of the reply, with mail waiting for b.example and a route to it alone
+    "b.example": "253",
+    "B.EXAMPLE": "253",
+    "@b.example": "253",
+    "@example": "253",
+    "#": "250",
+    "c.example": "459",
+    "#some-queue": "459",
+    "": "501",
+    "a b": "501",
+    "@": "501",
+    "b..example": "501",
+}
+
+
+@pytest.mark.parametrize("node", ETRN)
+def test_replies_to_etrn(stores, node):
+    slow = {"first_pause": 3600, "longest_pause": 3600}
+    with pair(stores, slow, {"intercept": Intercept(RCPT=["450 4.2.1 later"] * 9)}) as (a, _):
+        send_mail(a, ["bob@b.example"])
+        until_tried(stores[0])
+        with Line(a.host, a.port) as client:
+            client.reply()
+            client.ask("EHLO x")
+            assert client.ask(f"ETRN {node}")[:3] == ETRN[node]
+
+
+def test_routes_and_etrn_know_a_domain_however_it_is_written(tmp_path):
+    a = Store(tmp_path / "a", {"alice@a.example": "wonderland"}, sync=False)
+    options = {"route": {"bücher.example": "127.0.0.1:1"}, "relay_options": {"first_pause": 60}}
+    with SMTPServer(("127.0.0.1", 0), a, **options) as smtp:
+        send_mail(smtp, ["x@xn--bcher-kva.example"])
+        until_tried(a)
+        with Line(smtp.host, smtp.port) as client:
+            client.reply()
+            client.ask("EHLO x")
+            assert client.ask("ETRN BÜCHER.example").startswith("253 ")
+            assert client.ask("ETRN xn--bcher-kva.example").startswith("253 ")
+
+
+def test_a_message_that_cannot_be_reported_stays_queued(stores, monkeypatch):
+    """A full disk at the moment of the report: it is written when there is room."""
+    real, failing = Relay.inject, [True, True]
+
+    def inject(*args):
+        if failing:
+            failing.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    monkeypatch.setattr(Relay, "inject", inject)
+    with pair(stores) as (a, _):
+        send_mail(a, ["nobody@b.example"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Status"] == "5.1.1"
+    assert not failing

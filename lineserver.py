@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 11):
     sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
 
-VERSION = "1.0"
+VERSION = "1.1"
 
 MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RFC 2449 4 for 255
 MAX_SASL_LINE = 12288  # octets of an answer in a login, RFC 4954 4

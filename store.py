@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 if sys.version_info < (3, 11):
     sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
 
-VERSION = "1.0"
-
 BUFFER = 1 << 16  # octets of a message that are held in memory until they go to its file
 BLOCK = 1 << 18  # octets of a file that are read at once
 MAX_HELD = 1000  # CRs in a row that may belong to one line end
@@ -1761,7 +1759,6 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
     add("--count", type=int, default=1, metavar="N", help="for wait: how many messages (1)")
     add("--timeout", type=seconds, default=60, metavar="SECONDS", help="for wait (%(default)s)")
     add("--raw", action="store_true", help="for show: the message as it is")
-    add("--version", action="version", version=f"%(prog)s {VERSION}")
     args = parser.parse_intermixed_args(argv)
     if args.command is None:
         parser.print_help()

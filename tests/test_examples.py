@@ -9,9 +9,9 @@ from smtpd_simple import SMTPServer
 from store import Store
 
 USERS = {
-    "test1@domain.com": "1982214",
-    "test2@domain.com": "hunter2",
-    "costa@amaxit.net": "1982214",
+    "test1@example.com": "1982214",
+    "test2@example.com": "hunter2",
+    "costa@example.net": "1982214",
 }
 
 SCRIPTS = scripts("examples.txt")
@@ -32,4 +32,4 @@ def test_apop(tmp_path):
         timestamp = client.readline()
         timestamp = timestamp[timestamp.index("<") :]
         digest = hashlib.md5((timestamp + "hunter2").encode()).hexdigest()
-        assert client.ask(f"apop test2@domain.com {digest}").startswith("+OK 0 messages")
+        assert client.ask(f"apop test2@example.com {digest}").startswith("+OK 0 messages")

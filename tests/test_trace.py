@@ -54,8 +54,8 @@ def test_both_protocols_in_one_timeline(smtp, pop3, timeline):
         client.reply()
     with Line(pop3.host, pop3.port) as client:
         client.readline()
-    assert re.fullmatch(r"SMTP  +\d+  S: 220 .*", timeline.lines[0])
-    assert re.fullmatch(r"POP3  +\d+  S: \+OK .*", timeline.lines[1])
+    assert re.fullmatch(r"SMTP +\d+  S: 220 .*", timeline.lines[0])
+    assert re.fullmatch(r"POP3 +\d+  S: \+OK .*", timeline.lines[1])
 
 
 SECRETS = {  # what a client sends: what is shown

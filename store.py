@@ -279,11 +279,11 @@ class Users:
         return found or self.expand_list(f"*@{domain}") or self.expand_list("*")
 
     def without_domain(self, local: str) -> list[str]:
-        """Return the accounts that a local part alone reaches, while one line names it."""
+        """Return the accounts that a local part alone reaches, if one line names it; else "*"."""
         for part in (local, local.partition("+")[0]):
             if part and part != "*" and len(names := self.by_local_part.get(part, [])) == 1:
                 return self.expand_list(names[0])
-        return []
+        return self.expand_list("*") if local else []
 
     def expand_list(self, name: str) -> list[str]:
         """Return the accounts behind one name, each once; a list within itself adds nothing."""
@@ -314,7 +314,8 @@ class Users:
         if "@" not in name:
             parts = {name, name.partition("+")[0]} - {""}
             found = [full for part in parts for full in self.by_local_part.get(part, [])]
-            return [self.as_written(full) for full in found] or self.mailboxes(name)
+            found = found or [canonical(a) for a in self.postmaster() if name == "postmaster"]
+            return [self.as_written(full) for full in found]
         return [self.as_written(name)] if name in self.lists else self.mailboxes(name)[:1]
 
     def as_written(self, name: str) -> str:

@@ -66,7 +66,8 @@ def test_a_catch_all_for_everything():
     users = Users.from_mapping({"alice@a.test": "x", "bob@b.test": "y", "*": "alice@a.test"})
     assert users.mailboxes("x@y.test") == users.mailboxes("nobody@b.test") == ["alice@a.test"]
     assert users.mailboxes("bob@b.test") == ["bob@b.test"]
-    assert users.mailboxes("nodomain") == []
+    assert users.mailboxes("nodomain") == ["alice@a.test"]
+    assert users.mailboxes("bob") == ["bob@b.test"]
     assert users.mailboxes("") == []
 
 

@@ -6,7 +6,9 @@ Everything is on the loopback and in a temporary folder; compare ratios of one r
 """
 
 import argparse
+import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
 from store import Delivery, Store, Target
 
@@ -120,28 +123,99 @@ def opening(folder, port, count):
     return (time.perf_counter() - begin) * 1e3
 
 
+def median_ms(act, times=50):
+    """Return the median of what `act` takes, in milliseconds."""
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        act()
+        taken.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(taken)
+
+
 def embedding():
-    """Return the milliseconds of start plus stop in process, and aiosmtpd's where it is installed."""
+    """Return rows about the servers inside a test, and aiosmtpd's where it is installed."""
     with tempfile.TemporaryDirectory() as folder:
-        store, times = Store(folder, ALICE, sync=False), []
-        for _ in range(30):
-            begin = time.perf_counter()
-            with SMTPServer(("127.0.0.1", 0), store):
+        store = Store(folder, ALICE, sync=False)
+
+        def start_and_stop():
+            with SMTPServer(("127.0.0.1", 0), store), POP3Server(("127.0.0.1", 0), store):
                 pass
-            times.append((time.perf_counter() - begin) * 1e3)
+
+        def one_message():
+            with SMTPServer(("127.0.0.1", 0), store) as smtp:
+                talk(smtp.port, ENVELOPE)
+                store.wait("alice@example.test", timeout=1)
+            store.clear()
+
+        rows = [
+            ("start plus stop of both servers in process", f"{median_ms(start_and_stop):.2f} ms")
+        ]
+        rows.append(("a test with one message, start to stop", f"{median_ms(one_message):.2f} ms"))
+        rows.append(("wait() after the 250", f"{waiting(store):.2f} ms"))
     try:
         from aiosmtpd.controller import Controller
         from aiosmtpd.handlers import Sink
     except ImportError:
-        return sorted(times)[15], None
-    theirs = []
-    for port in range(20_000, 20_030):
-        controller = Controller(Sink(), hostname="127.0.0.1", port=port)
-        begin = time.perf_counter()
+        return rows
+
+    ports = iter(range(20_000, 21_000))
+
+    def theirs():
+        controller = Controller(Sink(), hostname="127.0.0.1", port=next(ports))
         controller.start()
         controller.stop()
-        theirs.append((time.perf_counter() - begin) * 1e3)
-    return sorted(times)[15], sorted(theirs)[15]
+
+    return [*rows, ("start plus stop of aiosmtpd's Controller", f"{median_ms(theirs):.2f} ms")]
+
+
+def waiting(store):
+    """Return the median time from a 250 to the return of a wait() in another thread, in ms."""
+    times = []
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        for _ in range(30):
+            returned = []
+
+            def wait(returned=returned):
+                store.wait("alice@example.test")
+                returned.append(time.perf_counter())
+
+            thread = threading.Thread(target=wait)
+            thread.start()
+            talk(smtp.port, ENVELOPE[:-1])
+            answered = time.perf_counter()
+            thread.join()
+            times.append((returned[0] - answered) * 1e3)
+            store.clear()
+    return statistics.median(times)
+
+
+def memory(folder, sessions=200):
+    """Return the KiB that a stranger's session takes who sends 1 MB slowly, on Linux."""
+    process, (smtp, _) = start(folder, "--no-sync")
+    try:
+        before, clients = resident(process.pid), []
+        for _ in range(sessions):
+            sock = socket.create_connection(("127.0.0.1", smtp), 30)
+            sock.recv(4096)
+            for line in ENVELOPE[:4]:
+                sock.sendall(line + b"\r\n")
+                sock.recv(4096)
+            sock.sendall(b"X: " + b"y" * 1_000_000)
+            clients.append(sock)
+        time.sleep(1)
+        return (resident(process.pid) - before) / sessions
+    finally:
+        for sock in clients:
+            sock.close()
+        process.terminate()
+        process.communicate()
+
+
+def resident(pid):
+    """Return a process's resident memory in KiB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0])
 
 
 def main():
@@ -183,10 +257,10 @@ def main():
             finally:
                 process.terminate()
                 process.communicate()
-    ours, theirs = embedding()
-    rows.append(("start plus stop in process", f"{ours:.2f} ms"))
-    if theirs is not None:
-        rows.append(("the same, aiosmtpd's Controller", f"{theirs:.2f} ms"))
+        if os.path.exists("/proc/self/status"):
+            progress("memory")
+            rows.append(("a session that sends 1 MB slowly", f"{memory(folder):,.0f} KiB"))
+    rows += embedding()
     progress("done")
     print(file=sys.stderr)
     for what, value in rows:

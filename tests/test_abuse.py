@@ -85,6 +85,35 @@ def test_10_mb_without_a_newline(program, flood):
     assert peak(program.process.pid) < 64
 
 
+SLOW = {  # what a session has sent and goes on to send: never more than 256 KiB in memory
+    "a long header": "DATA\r\n" + ("A: " + "x" * 74 + "\r\n") * 13_000,
+    "one endless field": "DATA\r\nA: " + "x" * 1_000_000,
+    "a text": "DATA\r\n\r\n" + "x" * 70 + "\r\n" * 400_000,
+    "chunks": "BDAT 400000\r\n" + "x" * 400_000 + "BDAT 900000\r\n" + "x" * 600_000,
+    "recipients": ("RCPT TO:<alice@example.test> ORCPT=rfc822;" + "z" * 490 + "\r\n") * 900,
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("what", SLOW)
+def test_memory_of_sessions_that_send_slowly(program, what):
+    def resident():
+        with open(f"/proc/{program.process.pid}/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+    before, clients = resident(), []
+    for _ in range(120):
+        client = Line("127.0.0.1", program.ports["SMTP"])
+        client.send(TO_ALICE + SLOW[what])
+        clients.append(client)
+    for client in clients:
+        while not client.readline().startswith(("354", "250 2.0.0", "452")):
+            pass
+    assert (resident() - before) / len(clients) < 256
+    for client in clients:
+        client.close()
+
+
 def test_thousands_of_noops(smtp):
     with Line(smtp.host, smtp.port) as client:
         client.reply()

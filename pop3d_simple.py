@@ -354,19 +354,17 @@ class POP3Handler(LoginHandler):
         )
 
     authorization = {
-        "CAPA": capa,
-        "HELP": help,
-        "STLS": stls,
-        "UTF8": utf8,
         "USER": user_,
         "PASS": pass_,
         "APOP": apop,
         "AUTH": auth,
+        "STLS": stls,
+        "UTF8": utf8,
+        "CAPA": capa,
+        "HELP": help,
         "QUIT": quit_authorization,
     }
     transaction = {
-        "CAPA": capa,
-        "HELP": help,
         "STAT": stat,
         "LIST": list_,
         "UIDL": uidl,
@@ -375,6 +373,8 @@ class POP3Handler(LoginHandler):
         "DELE": dele,
         "RSET": rset,
         "NOOP": noop,
+        "CAPA": capa,
+        "HELP": help,
         "QUIT": quit_transaction,
     }
     help_texts = {

@@ -4,8 +4,8 @@ In a script `C: text` is sent with CRLF, `X: b"..."` sends exactly these octets 
 what must come back (a shell pattern: `*` matches anything), `...` stands for any lines in between, `TLS` starts the
 encryption, `EOF` wants the server to hang up.  A failure says which line of which script it was.
 
-In a file each script begins with `== name`; a line `@NAME` puts in the script `== @NAME`, and `20 times:` repeats the
-indented lines behind it.
+In a file each script begins with `== name`; a line `@NAME` puts in the script `== @NAME` of macros.txt.  `20 times:`
+repeats the indented lines behind it, and `for each WORD of A B C:` repeats them with each value in place of WORD.
 """
 
 import fnmatch
@@ -81,9 +81,12 @@ class Line:
 
 def scripts(file):
     """Return the scripts of a file in conversations/, by name."""
-    text = (Path(__file__).parent / "conversations" / file).read_text(encoding="utf-8")
-    parts = re.findall(r"^== (.+)\n((?:(?!== ).*\n?)*)", text, re.MULTILINE)
-    texts = {name: unroll(body.strip("\n")) for name, body in parts}
+    folder = Path(__file__).parent / "conversations"
+    texts = {}
+    for path in (folder / "macros.txt", folder / file):
+        pattern = r"^== (.+)\n((?:(?!== ).*\n?)*)"
+        parts = re.findall(pattern, path.read_text("utf-8"), re.MULTILINE)
+        texts |= {name: unroll(body.strip("\n")) for name, body in parts}
 
     def put_in(body):
         return re.sub(r"^@.+$", lambda match: put_in(texts[match[0]]), body, flags=re.MULTILINE)
@@ -92,11 +95,18 @@ def scripts(file):
 
 
 def unroll(body):
-    """Write out what `20 times:` stands for."""
-    repeated = re.compile(r"^([0-9]+) times:\n((?:  .*(?:\n|$))+)", re.MULTILINE)
-    return repeated.sub(
-        lambda match: int(match[1]) * (textwrap.dedent(match[2]).rstrip("\n") + "\n"), body
-    )
+    """Write out what `20 times:` and `for each WORD of ...:` stand for."""
+
+    def times(match):
+        return int(match[1]) * (textwrap.dedent(match[2]).rstrip("\n") + "\n")
+
+    def for_each(match):
+        lines = textwrap.dedent(match[3]).rstrip("\n") + "\n"
+        return "".join(re.sub(rf"\b{match[1]}\b", value, lines) for value in match[2].split())
+
+    indented = r"((?:  .*(?:\n|$))+)"
+    body = re.sub(rf"^([0-9]+) times:\n{indented}", times, body, flags=re.MULTILINE)
+    return re.sub(rf"^for each (\w+) of (.+):\n{indented}", for_each, body, flags=re.MULTILINE)
 
 
 def play(server, script, name="script"):

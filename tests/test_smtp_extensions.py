@@ -12,7 +12,7 @@ from smtpd_simple import MAX_RECIPIENTS, SMTPServer
 from store import Store, hash_password
 
 SCRIPTS, OPTIONS = scripts("smtp_extensions.txt"), scripts("options.txt")
-EHLO = "S: 220 *\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\n"
+EHLO = OPTIONS["a session that begins"] + "\n"
 PLAIN = base64.b64encode(b"\0alice@example.test\0wonderland").decode()
 
 
@@ -168,3 +168,62 @@ def test_received_says_how(store, tls):
 def test_one_copy_for_each_mailbox(smtp, store):
     play(smtp, OPTIONS["a list and a tag lead to one mailbox"])
     assert [len(store.messages(address)) for address in list(USERS)[:2]] == [1, 1]
+
+
+def test_a_local_part_that_two_accounts_have(tmp_path):
+    store = Store(tmp_path, {"alice@a.test": "x", "alice@b.test": "x", "bob@b.test": "x"})
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        play(smtp, OPTIONS["a local part that two accounts have"])
+
+
+def test_a_list_with_members_that_are_not_ascii(tmp_path):
+    accounts = {"用户@a.test": "x", "alice@a.test": "x"}
+    store = Store(tmp_path, {**accounts, "staff@a.test": list(accounts)})
+    with SMTPServer(("127.0.0.1", 0), store) as smtp:
+        play(smtp, OPTIONS["a list with members that are not ASCII"])
+
+
+@pytest.mark.parametrize(("size", "reply"), [(1000, "250"), (1001, "552 5.3.4")])
+def test_size_equal_to_the_limit_is_taken(store, size, reply):
+    smtp = SMTPServer(("127.0.0.1", 0), store, size_limit=1000)
+    with smtp, Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        assert client.ask(f"MAIL FROM:<> SIZE={size}").startswith(reply)
+
+
+def test_a_size_that_the_disk_has_no_room_for(store, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
+    with SMTPServer(("127.0.0.1", 0), store) as smtp, Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        assert client.ask("MAIL FROM:<> SIZE=1001").startswith("452 4.3.1")
+        assert client.ask("MAIL FROM:<> SIZE=1000").startswith("250")
+
+
+HELO = {  # a name: how it stands in Received, which stays well-formed
+    "client.test": "from client.test ([127.0.0.1])",
+    "[127.0.0.1]": "from [127.0.0.1] ([127.0.0.1])",
+    "localhost.(none)": "from localhost.(none) ([127.0.0.1])",
+    "my computer": "from [127.0.0.1] (HELO my computer)",
+    "fe80::1%eth0": "from [127.0.0.1] (HELO fe80::1%eth0)",
+    "MÜLLER-PC": "from [127.0.0.1] (HELO M\\xdcLLER-PC)",
+    "a)b(c\\d": "from [127.0.0.1] (HELO a\\)b\\(c\\\\d)",
+    "x\ty\x00": "from [127.0.0.1] (HELO x\\\\ty\\\\x00)",
+}
+
+
+@pytest.mark.parametrize("name", HELO, ids=ascii)
+def test_any_helo_name_and_received(store, smtp, name):
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        assert client.ask(f"HELO {name}").startswith("250")
+        for command in ("MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+            client.ask(command)
+        assert client.ask("Subject: x\r\n\r\n.").startswith("250")
+    [path] = store.paths("alice@example.test")
+    with open(path, "rb") as file:
+        lines = file.read().decode("ascii").split("\r\n")
+    assert f"Received: {HELO[name]}" in lines

@@ -11,9 +11,8 @@ from conversation import Line, play, scripts
 from pop3d_simple import POP3Server
 from smtpd_simple import SMTPServer
 
-START = "S: 220 *\nC: EHLO client.test\nS: 250-*\n...\nS: 250 *\n"
-
 SMTP, POP3, OPTIONS = scripts("smtp_tls.txt"), scripts("pop3_tls.txt"), scripts("options.txt")
+START = OPTIONS["a session that begins"] + "\n"
 
 
 @pytest.mark.parametrize("name", SMTP)

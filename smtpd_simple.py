@@ -115,13 +115,12 @@ HELO_NAME = re.compile(rf"(?:{NAME}++|\({NAME}*+\))++|{LITERAL}")
 NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
 
 # Header fields (RFC 5322 2.2); a name that is longer than a line may be is not one.
-FIELD_NAME = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
-HEADER_LINES = re.compile(rb"(?:%b[^\n]*\n(?:[ \t][^\n]*\n)*)+" % FIELD_NAME)
-CONTINUATION = re.compile(rb"(?:[ \t][^\n]*\n)+")
-FIELD_START = re.compile(FIELD_NAME)
-MAYBE_FIELD = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # the beginning of a line, cut
-RECEIVED = re.compile(rb"received[ \t]*:", re.IGNORECASE)
-RECEIVED_LINES = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
+FIELD = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
+FIRST_LINE = re.compile(rb">?From |%b" % FIELD)  # mbox's separator counts as a field
+NEXT_LINE = re.compile(rb"[ \t]|%b" % FIELD)
+HEADER_LINES = re.compile(rb"(?:(?:[ \t]|%b)[^\n]*\n)*" % FIELD)
+CUT_LINE = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # which may yet become a field
+RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
 # ---------------------------------------------------------------- pure helpers
@@ -243,7 +242,7 @@ class HeaderScan:
     def __init__(self) -> None:
         self.held = b""  # the beginning of a line that may yet become a field
         self.begun = False  # whether there was a field
-        self.in_field = False  # whether the last line of a field has not ended
+        self.in_line = False  # whether the last line of the header has not ended
         self.ended = False
         self.hops = 0
 
@@ -251,45 +250,26 @@ class HeaderScan:
         """Return a block of CRLF lines with the empty line put in, if it is missing here."""
         if self.ended:
             return block
-        block, self.held = self.held + block, b""
-        at = 0
-        while at < len(block) and not self.ended:
-            at = self.skip(block, at)
-            if self.held:
-                return block[:at]
-            if self.ended and block[at : at + 2] != b"\r\n":
-                return block[:at] + b"\r\n" + block[at:]
-        return block
-
-    def skip(self, block: bytes, at: int) -> int:
-        """Return where the header lines end that begin at `at`; there it goes on or has ended."""
-        if self.in_field:
+        block, self.held, at = self.held + block, b"", 0
+        while self.in_line or (NEXT_LINE if self.begun else FIRST_LINE).match(block, at):
+            if not self.in_line:
+                self.begun = self.in_line = True
+                self.hops += RECEIVED.match(block, at) is not None
             end = block.find(b"\n", at) + 1
-            self.in_field = end == 0
-            return end or len(block)
-        lines = HEADER_LINES.match(block, at)
-        if not lines and self.begun:
-            lines = CONTINUATION.match(block, at)
-        if not self.begun and block.startswith((b"From ", b">From "), at):  # mbox's separator
-            return self.start_field(block, at)
-        if lines:
-            self.begun = True
-            self.hops += len(RECEIVED_LINES.findall(lines[0]))
-            return lines.end()
-        if FIELD_START.match(block, at) or (self.begun and block[at : at + 1] in (b" ", b"\t")):
-            return self.start_field(block, at)
-        rest = block[at:]
-        if MAYBE_FIELD.fullmatch(rest):
-            self.held = rest
-        else:
-            self.ended = True
-        return at
-
-    def start_field(self, block: bytes, at: int) -> int:
-        """Go on inside a line whose end may not have come."""
-        self.begun = self.in_field = True
-        self.hops += RECEIVED.match(block, at) is not None
-        return at
+            if not end:
+                return block
+            self.in_line = False
+            lines = HEADER_LINES.match(block, end)
+            assert lines
+            self.hops += len(RECEIVED.findall(lines[0]))
+            at = lines.end()
+        if CUT_LINE.fullmatch(block, at):
+            self.held = block[at:]
+            return block[:at]
+        self.ended = True
+        if block.startswith(b"\r\n", at):
+            return block
+        return block[:at] + b"\r\n" + block[at:]
 
     def end(self) -> bytes:
         """Return what was held back, which is text."""

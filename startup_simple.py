@@ -30,7 +30,7 @@ from lineserver import (
     show_address,
     timestamp,
 )
-from store import Store, users_file
+from store import DEMO, Store, users_file
 
 ENDING = {signal.SIGINT, signal.SIGTERM}
 RELOAD: int = getattr(signal, "SIGHUP", -1)  # Windows has none
@@ -228,37 +228,33 @@ def announce(args: argparse.Namespace, store: Store, servers: list[LineServer]) 
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     accounts = f"{store.users_path or 'the demo accounts'}: {', '.join(names[:3])}{more}"
     rows = [("spool", store.folder), ("accounts", accounts)]
-    by_name = {server.name: server for server in servers}
-    if tls := servers[0].tls_options.cert:
-        rows.append(("TLS", f"certificate {tls}"))
-    if "SMTP" in by_name:
-        rows.append(("send", send_command(args, by_name["SMTP"], names[0])))
-    if "POP3" in by_name:
-        secure = " --ssl-reqd --insecure" if args.require_tls else ""
-        url = f"pop3://{where_to_connect(by_name['POP3'])}/1"
-        rows.append(("read", f"curl {url} -u {names[0]}{secure}"))
-    host, _, port = where_to_connect(servers[0]).rpartition(":")
-    first = (
-        "openssl s_client -quiet -starttls "
-        + servers[0].name.lower()
-        + " -connect "
-        + host
-        + ":"
-        + port
-    )
-    by_hand = first if args.require_tls else f"telnet {host.strip('[]')} {port}"
-    rows.append(("by hand", f"{by_hand}, then HELP (QUIT ends it; Ctrl-C here ends the server)"))
+    if servers[0].tls_options.cert is not None:
+        rows.append(("TLS", f"certificate {servers[0].tls_options.cert}"))
+    demo = names[0] in store.users.with_demo_passwords()
+    login = f" -u {names[0]}:{DEMO[names[0]]}" if demo else f" -u {names[0]}"
+    tls = " --ssl-reqd --insecure" if args.require_tls else ""
+    for server in servers:
+        where = where_to_connect(server)
+        if server.name == "SMTP":
+            text = f"printf 'From: {names[0]}\\nTo: {names[0]}\\nSubject: hello\\n\\nHi.\\n'"
+            envelope = f"--mail-from {names[0]} --mail-rcpt {names[0]}"
+            options = tls + (login if args.require_auth else "")
+            command = f"{text} | curl -sS --crlf smtp://{where} {envelope}{options} -T -"
+            rows.append(("send", command))
+        elif server.name == "POP3":
+            rows.append(("read", f"curl -sS pop3://{where}/1{login}{tls}"))
+    rows.append(("by hand", by_hand(args, servers[0])))
     print("\n".join(f"  {title:9} {text}" for title, text in rows), flush=True)
 
 
-def send_command(args: argparse.Namespace, server: LineServer, to: str) -> str:
-    """Return a curl command that sends a message with these options in force."""
-    options = " --ssl-reqd --insecure" if args.require_tls else ""
-    options += f" -u {to}" if args.require_auth else ""
-    text = f"printf 'From: {to}\\nTo: {to}\\nSubject: hello\\n\\nHi.\\n'"
-    url = f"smtp://{where_to_connect(server)}"
-    addresses = f"--mail-from {to} --mail-rcpt {to}"
-    return f"{text} | curl {url} --crlf {addresses}{options} -T -"
+def by_hand(args: argparse.Namespace, server: LineServer) -> str:
+    """Return how to type into a session, and how to end it."""
+    command = f"telnet {where_to_connect(server).rpartition(':')[0].strip('[]')} {server.port}"
+    if args.require_tls:
+        protocol = server.name.lower()
+        connect = f"-connect {where_to_connect(server)}"
+        command = f"openssl s_client -quiet -starttls {protocol} {connect}"
+    return f"{command}, then HELP (QUIT ends it; Ctrl-C here ends the server)"
 
 
 def where_to_connect(server: LineServer) -> str:

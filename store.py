@@ -1781,7 +1781,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
-    program, where = os.path.basename(sys.argv[0]), args.spool
+    program, where = os.path.basename(sys.argv[0]), os.path.abspath(args.spool)
     try:
         store = None
         if args.command != "hash":

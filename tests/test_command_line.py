@@ -1,5 +1,7 @@
 """The three programs, run as their users run them."""
 
+import contextlib
+import email.policy
 import os
 import re
 import shutil
@@ -10,6 +12,8 @@ import subprocess
 import sys
 import time
 import types
+from email.message import EmailMessage
+from pathlib import Path
 
 import pytest
 from conversation import Line
@@ -306,6 +310,154 @@ def test_processes(tmp_path, users):
     assert len(Store(tmp_path / "spool", users).messages("alice@example.test")) == 20
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
+def test_session_numbers_are_unique_among_processes(tmp_path, users):
+    with Program("--port", 0, "--processes", 3, cwd=tmp_path) as program:
+        clients = [Line("127.0.0.1", program.port) for _ in range(30)]
+        for client in clients:
+            client.reply()
+        for client in clients:
+            client.close()
+        _, errors = program.stop()
+    numbers = re.findall(r" SMTP (\d+) connected", errors)
+    assert len(numbers) == len(set(numbers)) == 30
+
+
+FORK_FAILS = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+real, calls = os.fork, []
+def fork():
+    calls.append(1)
+    if len(calls) in (3, 4):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return real()
+os.fork = fork
+import smtpd_simple
+sys.exit(smtpd_simple.main())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc"), reason="there is no /proc here")
+def test_a_fork_that_fails_is_tried_again(tmp_path, users):
+    """The moment at which workers die is the moment at which there is no process to be had."""
+    argv = [sys.executable, "-c", FORK_FAILS, str(ROOT), "--port", "0", "--processes", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, cwd=tmp_path, text=True, **pipes)
+    try:
+        port = int(process.stdout.readline().rpartition(":")[2])
+
+        def children():
+            path = f"/proc/{process.pid}/task/{process.pid}/children"
+            return Path(path).read_text().split()
+
+        server = types.SimpleNamespace(host="127.0.0.1", port=port)
+        assert send(server).startswith("250")
+        os.kill(int(children()[0]), signal.SIGKILL)
+        assert send(server).startswith("250")
+        deadline = time.monotonic() + 10
+        while len(children()) < 2:
+            assert time.monotonic() < deadline
+        assert send(server).startswith("250")
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=15)
+    assert process.returncode == 0
+    assert "trying again" in errors
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+@pytest.mark.parametrize("extra", [[], ["--processes", 2]])
+def test_sighup_reads_users_and_certificate_again(tmp_path, users, certificate, extra):
+    """At once; a broken one is logged and changes nothing."""
+    for name, path in zip(("cert.pem", "key.pem"), certificate, strict=True):
+        shutil.copy(path, tmp_path / name)
+    tls = ["--tls-cert", "cert.pem", "--tls-key", "key.pem"]
+
+    def answers(program, address, wanted):
+        deadline = time.monotonic() + 10
+        while True:
+            with Line("127.0.0.1", program.port) as client:
+                client.reply(), client.ask("EHLO x"), client.ask("MAIL FROM:<>")
+                reply = client.ask(f"RCPT TO:<{address}>")
+                if reply.startswith(wanted):
+                    assert client.ask("RSET").startswith("250")
+                    assert client.ask("STARTTLS").startswith("220")
+                    client.start_tls()
+                    return
+            assert time.monotonic() < deadline
+
+    with Program("--port", 0, *tls, *extra, cwd=tmp_path) as program:
+        answers(program, "dora@example.test", "550")
+        users.write_text(users.read_text() + "dora@example.test:x\n")
+        program.process.send_signal(signal.SIGHUP)
+        answers(program, "dora@example.test", "250")
+        users.write_text("broken\n")
+        (tmp_path / "cert.pem").write_text("broken\n")
+        program.process.send_signal(signal.SIGHUP)
+        while not any("cert.pem" in line for line in program.errors):
+            assert program.process.poll() is None
+        answers(program, "dora@example.test", "250")
+        status, errors = program.stop()
+    assert (status, "Traceback" in errors) == (0, False)
+
+
+@pytest.mark.skipif(not shutil.which("sleep"), reason="there is no sleep here")
+def test_programs_that_a_hook_starts_have_their_signals(tmp_path, users):
+    (tmp_path / "hook.py").write_text(
+        "import subprocess\n"
+        "def intercept(session, verb, argument):\n"
+        "    if verb == 'NOOP':\n"
+        "        return f\"250 2.0.0 {subprocess.Popen(['sleep', '60']).pid}\"\n"
+    )
+    with Program("--port", 0, "--intercept", "hook.py", cwd=tmp_path) as program:
+        with Line("127.0.0.1", program.port) as client:
+            client.reply()
+            pid = int(client.ask("NOOP").split()[-1])
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while (
+            "sleep"
+            in subprocess.run(
+                ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True
+            ).stdout
+        ):
+            assert time.monotonic() < deadline
+
+
+NOTICES = {  # options: which of the commands in the notice are run
+    "nothing": ([], ["send", "read"]),
+    "a login": (["--require-auth"], ["send", "read"]),
+    "TLS": (["--tls-self-signed", "--require-tls", "--require-auth"], ["send", "read"]),
+    "all addresses": (["--host", "0.0.0.0"], ["send", "read"]),
+    "IPv6": (["--host", "[::1]"], ["send", "read"]),
+}
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize("name", NOTICES)
+def test_the_commands_in_the_notice_work_when_pasted(tmp_path, name):
+    options, titles = NOTICES[name]
+    if "--tls-self-signed" in options and not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    argv = ["--port", 0, "--pop3", 0, "--hostname", "mail.example.test", *options]
+    if name == "IPv6" and not socket.has_ipv6:
+        pytest.skip("there is no IPv6 here")
+    (tmp_path / "users.txt").write_text("alice@example.test:wonderland\n")
+    with Program(*argv, cwd=tmp_path, count=2) as program:
+        rows = {}
+        while "by hand" not in rows:
+            title, _, text = program.process.stdout.readline().strip().partition("  ")
+            rows[title] = text.strip()
+        for title in titles:
+            command = ["bash", "-c", f"set -o pipefail; {rows[title]}"]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            assert result.returncode == 0, (command, result.stderr)
+        assert "\nSubject: hello\n" in result.stdout.replace("\r", "")
+        words = rows["by hand"].partition(",")[0]
+        assert words.startswith("openssl s_client" if "--require-tls" in options else "telnet ")
+
+
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="there is no /proc here")
 def test_processes_end_with_their_parent(tmp_path, users):
     with Program("--port", 0, "--processes", 2, cwd=tmp_path) as program:
@@ -395,3 +547,86 @@ def test_store_as_a_program(tmp_path, users, deliver):
     secret = run("store.py", "hash", cwd=tmp_path, input="secret\n").stdout.strip()
     users.write_text(f"alice@example.test:{secret}\n")
     assert Store(tmp_path / "spool", users).users.check_password("alice", b"secret")
+
+
+def terminal(tmp_path, *argv):
+    """Return what store.py shows on a terminal."""
+    pty = pytest.importorskip("pty")
+    primary, secondary = pty.openpty()
+    command = [sys.executable, ROOT / "store.py", *argv]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=secondary, stderr=secondary)
+    os.close(secondary)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO is the end
+        while data := os.read(primary, 65536):
+            shown += data
+    os.close(primary)
+    assert process.wait(10) == 0
+    return shown.decode()
+
+
+NASTY = "Subject: hi \x1b]0;owned\x07\r\nFrom: \u202eevil\r\n\r\n\x1b[2J\x9b31m\x07 text\r\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "alice"], ["show", "alice", "1"], ["show", "--raw", "alice", "1"]]
+)
+def test_nothing_reaches_a_terminal_as_a_control_sequence(tmp_path, users, deliver, words):
+    deliver(NASTY.encode())
+    shown = terminal(tmp_path, *words)
+    assert "owned" in shown
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")
+
+
+def test_columns_line_up_on_a_terminal(tmp_path, users, deliver):
+    for sender in ("me@client.test", "用户@client.test", "a@b.test"):
+        deliver(f"From: {sender}\r\nSubject: S\r\n\r\n".encode())
+    lines = terminal(tmp_path, "list", "alice").splitlines()
+    widths = [len(line.rpartition("S")[0]) + sum(c in "用户" for c in line) for line in lines]
+    assert len(set(widths)) == 1, lines
+
+
+def test_show_is_for_people_and_raw_is_not(tmp_path, users, deliver, call):
+    message = EmailMessage()
+    message["From"], message["Subject"] = "me@client.test", "你好"
+    message.set_content("the text\n")
+    message.add_alternative("<b>the text</b>", subtype="html")
+    message.add_attachment(b"12345", maintype="application", subtype="pdf", filename="a.pdf")
+    deliver(message.as_bytes(policy=email.policy.SMTP))
+    status, out, _ = call("store.py", "show", "alice", 1)
+    assert status == 0
+    assert out == (
+        "From: me@client.test\nSubject: 你好\n\nthe text\n"
+        "[attachment: without a name, text/html, 16 octets]\n"
+        "[attachment: a.pdf, application/pdf, 5 octets]\n"
+    )
+    raw = run("store.py", "show", "--raw", "alice", 1, cwd=tmp_path).stdout
+    assert "Content-Disposition: attachment" in raw
+
+
+def test_store_only_looks(tmp_path, users, call):
+    """It makes no folder, and says that there is no spool where there is none."""
+    status, _, error = call("store.py", "accounts")
+    assert (status, error.count("\n")) == (1, 1)
+    assert "no spool" in error
+    assert not (tmp_path / "spool").exists()
+    Store(tmp_path / "spool", users)
+    for folder in (tmp_path / "spool", tmp_path / "spool" / "queue"):
+        folder.chmod(0o500)
+    for words in ("accounts", "list alice", "queue"):
+        assert call("store.py", *words.split())[0] == 0
+    for folder in (tmp_path / "spool", tmp_path / "spool" / "queue"):
+        folder.chmod(0o700)
+
+
+def test_wait_and_clear(tmp_path, users, call, deliver):
+    deliver(b"Subject: 1\r\n\r\n")
+    assert call("store.py", "wait", "alice", "--count", 2, "--timeout", "0.05")[0] == 1
+    deliver(b"Subject: 2\r\n\r\n")
+    status, out, _ = call("store.py", "wait", "alice", "--count", 2)
+    assert (status, out.count("\n")) == (0, 2)
+    assert call("store.py", "clear", "nobody@example.test")[0] == 2
+    assert call("store.py", "clear", "alice") == (0, "", "")
+    assert call("store.py", "list", "alice") == (0, "", "")
+    status, out, _ = call("store.py")
+    assert (status, "commands:" in out) == (2, True)

@@ -417,7 +417,7 @@ def test_programs_that_a_hook_starts_have_their_signals(tmp_path, users):
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 10
         while (
-            "sleep"
+            "sleep 60"
             in subprocess.run(
                 ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True
             ).stdout

@@ -427,7 +427,7 @@ class LineHandler(socketserver.BaseRequestHandler):
             raise
         except BaseException as error:
             raise HookError(f"intercept, at {printable(verb)}") from error
-        return reply
+        return None if reply is None else re.sub("\r?\n", "\r\n", reply)
 
     def store_failed(self, what: str, error: OSError) -> str:
         """Log what the disk did to a command or message; return the reply."""
@@ -981,12 +981,7 @@ class LineServer(socketserver.ThreadingTCPServer):
             self.handle_error(request, client_address)
         finally:
             request.close()
-            with self.lock:
-                self.active -= 1
-                if self.by_address[host] == 1:
-                    del self.by_address[host]
-                else:
-                    self.by_address[host] -= 1
+            self.count_out(host)
         return None
 
     def admit(self, host: str) -> bool:
@@ -1007,11 +1002,17 @@ class LineServer(socketserver.ThreadingTCPServer):
                 self.add_acceptor()
             except (RuntimeError, MemoryError) as error:  # then this thread has to go on accepting
                 self.logger.warning("%s can't start a thread: %s", self.name, error)
-                with self.lock:
-                    self.active -= 1
-                    self.by_address[host] -= 1
+                self.count_out(host)
                 return False
         return True
+
+    def count_out(self, host: str) -> None:
+        """Count a session as ended."""
+        with self.lock:
+            self.active -= 1
+            self.by_address[host] -= 1
+            if not self.by_address[host]:
+                del self.by_address[host]
 
     def turn_away(self, request: socket.socket, client_address: Any) -> None:
         """Say that there are too many sessions, without spending a thread or a wait on it."""
@@ -1113,7 +1114,7 @@ def check_option(name: str, value: object, *kinds: Any, least: float | None = No
         wanted = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
         raise TypeError(f"{name}: {value!r} is not {wanted}")
     if least is not None and isinstance(value, int | float) and not least <= value <= 10**15:
-        raise ValueError(f"{name}: {value!r} is not a number above 0")
+        raise ValueError(f"{name}: {value!r} is not a number from {least} upwards")
 
 
 def check_address(address: object) -> tuple[str, int]:
@@ -1167,8 +1168,8 @@ class Limits:
         check_option("max_per_address", per_address, int, None, least=1)
         check_option("timeout", timeout, int, float, None, least=0.001)
         self.connections = min(connections, spare_descriptors())
-        self.per_address = per_address or connections - connections // 10
-        self.on_loopback = per_address or connections
+        self.per_address = per_address or self.connections - self.connections // 10
+        self.on_loopback = per_address or self.connections
         self.timeout = timeout
 
     def allow(self, active: int, from_this_address: int, host: str) -> bool:

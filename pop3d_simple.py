@@ -93,7 +93,7 @@ class POP3Handler(LoginHandler):
     protocol = "POP3"
     error_prefix = "-"
     challenge_format = "+ {}"
-    reply_pattern = re.compile(r"(?:\+OK|-ERR)(?: .*)?", re.DOTALL)
+    reply_pattern = re.compile(r"(?:\+OK|-ERR)(?: .*)?")
     keep_spaces = frozenset({"PASS"})
     masked_after = {"PASS": 0, "APOP": 1, "AUTH": 1}
     replies = {

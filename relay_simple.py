@@ -80,10 +80,10 @@ class Routing:
         self, store: Store, hostname: str, default: str | None, routes: dict[str, str] | None
     ):
         self.store = store
-        self.hostname = canonical("@" + hostname)[1:]
+        self.hostname = canonical(hostname)
         self.default = None if default is None else split_address(default, f"relay {default}")
         self.routes = {
-            canonical("@" + domain)[1:]: split_address(to, f"route {domain}={to}")
+            canonical(domain): split_address(to, f"route {domain}={to}")
             for domain, to in (routes or {}).items()
         }
 
@@ -100,7 +100,7 @@ class Routing:
 
     def next_host(self, domain: str) -> Host | None:
         """Return the next host for a domain, that of its own route first, or None."""
-        return self.routes.get(canonical("@" + domain)[1:], self.default)
+        return self.routes.get(canonical(domain), self.default)
 
     def may_report_to(self, sender: str) -> bool:
         """Say whether a report may go to a sender who has not logged in.
@@ -120,7 +120,7 @@ class Routing:
 
 def domain_of(address: str) -> str:
     """Return the domain of an address in its canonical form."""
-    return canonical("@" + address.rpartition("@")[2])[1:]
+    return canonical(address.rpartition("@")[2])
 
 
 def matches_node(node: str, domain: str) -> bool:
@@ -685,7 +685,10 @@ def client_class() -> "type[SMTP]":
             if self.reader is None or self.reader.sock is not self.sock:  # TLS is a new socket
                 assert self.sock
                 self.reader = LineReader(self.sock, lambda: None)
-            return read_reply(self.reader, self.timeout)
+            try:
+                return read_reply(self.reader, self.timeout)
+            finally:
+                self.reader.limit(self.timeout)  # what is sent next has all of the time
 
         def close(self) -> None:
             self.reader = None
@@ -816,9 +819,10 @@ def status_fields(relay: Relay, entry: QueueEntry, recipients: Recipients) -> li
         lines.append("")
         if r.orcpt:
             kind, _, original = r.orcpt.partition(";")
-            lines.append(f"Original-Recipient: {kind};{escape_address(unxtext(original))}")
+            original = unxtext(original)
+            lines.append(f"Original-Recipient: {kind};{escape_address(original, kind)}")
         kind = "rfc822" if r.address.isascii() else "utf-8"
-        lines.append(f"Final-Recipient: {kind};{escape_address(r.address)}")
+        lines.append(f"Final-Recipient: {kind};{escape_address(r.address, kind)}")
         lines += [f"Action: {r.action}", f"Status: {r.status}"]
         if r.remote:
             lines.append(f"Remote-MTA: dns; {r.remote}")
@@ -835,6 +839,8 @@ def unxtext(text: str) -> str:
     return re.sub(HEXCHAR, lambda match: chr(int(match[0][1:], 16)), text)
 
 
-def escape_address(address: str) -> str:
-    """Write an address in ASCII, as RFC 6533 3 does for fields that must be ASCII."""
-    return "".join(c if c.isascii() else f"\\x{{{ord(c):X}}}" for c in address)
+def escape_address(address: str, kind: str = "") -> str:
+    """Write an address of a kind in ASCII, as RFC 6533 3 does for fields that must be ASCII."""
+    special = "+=\\" if kind.lower() == "utf-8" else ""
+    escape = (f"\\x{{{ord(c):X}}}" if c in special or not c.isascii() else c for c in address)
+    return "".join(escape)

@@ -188,6 +188,11 @@ def parse_parameters(text: str, known: dict[str, Any]) -> dict[str, str | None]:
     return found
 
 
+def reply_lines(code: str, texts: list[str]) -> list[str]:
+    """Return the lines of a reply (RFC 5321 4.2.1)."""
+    return [f"{code}-{text}" for text in texts[:-1]] + [f"{code} {texts[-1]}"]
+
+
 def escape_comment(text: str) -> str:
     """Return a text as it can stand in a header field's comment (RFC 5322 3.2.2)."""
     return re.sub(r"[()\\]", r"\\\g<0>", text).encode("ascii", "backslashreplace").decode()
@@ -406,7 +411,10 @@ class SMTPHandler(LoginHandler):
         return None
 
     def hook_reply(self, verb: str, argument: str) -> str | None:
-        reply = super().hook_reply(verb, argument)
+        try:
+            reply = super().hook_reply(verb, argument)
+        except Refused as refusal:
+            reply = str(refusal)
         if reply is not None:
             self.skip_chunk(verb, argument)
         return reply
@@ -415,7 +423,7 @@ class SMTPHandler(LoginHandler):
         return self.server.auth and super().may_log_in()
 
     def log_in(self, name: str, check: Callable[[], str | None]) -> str:
-        return name if self.server.any_login else super().log_in(name, check)
+        return name or "anybody" if self.server.any_login else super().log_in(name, check)
 
     # ---- hello
 
@@ -425,8 +433,7 @@ class SMTPHandler(LoginHandler):
 
     def ehlo_(self, argument: str) -> Reply:
         self.say_hello(argument, "EHLO")
-        lines = [f"{self.server.hostname} greets you", *self.keywords()]
-        return [f"250-{line}" for line in lines[:-1]] + [f"250 {lines[-1]}"]
+        return reply_lines("250", [f"{self.server.hostname} greets you", *self.keywords()])
 
     def say_hello(self, argument: str, verb: str) -> None:
         """Take any name: no mail is refused because of it."""
@@ -780,8 +787,8 @@ class SMTPHandler(LoginHandler):
         members = self.server.store.users.members(name)
         if members is None:
             raise Refused("550 5.1.1 No such list")
-        lines = [f"250-2.1.5 <{member}>" for member in members]
-        return self.answer_query([*lines[:-1], lines[-1].replace("-", " ", 1)], utf8)
+        lines = reply_lines("250", [f"2.1.5 <{member}>" for member in members])
+        return self.answer_query(lines, utf8)
 
     def vrfy_argument(self, argument: str, verb: str) -> tuple[str, bool]:
         """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 follows it.
@@ -838,13 +845,12 @@ class SMTPHandler(LoginHandler):
         if argument and verb not in self.help_texts:
             raise Refused("504 5.5.4 No such command; HELP lists them")
         if argument:
-            line, meaning = self.help_texts[verb]
-            return [f"214-2.0.0 {line}", f"214 2.0.0 {meaning}"]
+            return reply_lines("214", [f"2.0.0 {line}" for line in self.help_texts[verb]])
         here = [v for v in self.commands if v != "STARTTLS" or self.server.tls]
         here = [v for v in here if v != "AUTH" or self.server.auth]
         lines = [f"Commands: {' '.join(here)}", f"Now: {' '.join(self.next_commands())}"]
         lines.append("HELP MAIL explains MAIL, and so on; QUIT ends the session")
-        return [f"214-2.0.0 {line}" for line in lines[:-1]] + [f"214 2.0.0 {lines[-1]}"]
+        return reply_lines("214", [f"2.0.0 {line}" for line in lines])
 
     def next_commands(self) -> list[str]:
         """Return the commands that make sense now."""
@@ -955,13 +961,21 @@ class SMTPServer(LineServer):
         hostname = check_hostname(store.host if hostname is None else hostname)
         self.set_policy(require_auth, auth, any_login, size_limit, on_message)
         self.set_relay(hostname, relay, route, relay_options)
-        if catch_all is not None:
-            store.set_catch_all(catch_all)
         if tls_self_signed:
             tls_cert, tls_key = self_signed(store.folder, hostname)
         tls = TLSOptions(tls_cert, tls_key, implicit_tls, require_tls)
         limits = Limits(max_connections, max_per_address, timeout)
         super().__init__(address, SMTPHandler, hostname, tls, limits, trace, intercept)
+        if catch_all is not None:
+            self.set_catch_all(catch_all)
+
+    def set_catch_all(self, target: str | bool) -> None:
+        """Let the store deliver mail for every other address to one account."""
+        try:
+            self.store.set_catch_all(target)
+        except BaseException:
+            self.stop()
+            raise
 
     def set_policy(
         self, require_auth: bool, auth: bool, any_login: bool, size_limit: int, on_message: Any
@@ -1000,7 +1014,11 @@ class SMTPServer(LineServer):
     def start(self) -> None:
         """Begin to serve, and to work on the queue; RuntimeError when the server was stopped."""
         super().start()
-        self.relay.start()
+        try:
+            self.relay.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def begin_stop(self) -> None:
         super().begin_stop()

@@ -52,7 +52,7 @@ def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
         servers = make_servers(args, store, server_options(args))
         serve(args, store, servers)
     except ValueError as error:
-        text = re.sub("^[a-z_]+(?=[: ])", lambda match: option_name(match[0], args), str(error))
+        text = re.sub("^[a-z_]+(?=:? )", lambda match: option_name(match[0], args), str(error))
         print(f"{args.program}: {printable(text)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, MemoryError) as error:
@@ -451,12 +451,15 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_BLOCK, handled)
         try:
             pid = os.fork()
-            signals = Signals() if pid == 0 else None
-        finally:
+        except BaseException:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
-        if signals is None:
+            raise
+        if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
             return pid
         try:
+            signals = Signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
             os.close(self.pipe[1])
             pin_to_cpu(os.getppid() + index)
             # Unique among the processes, and after one was replaced.

@@ -304,7 +304,7 @@ class Users:
 
     def is_local(self, domain: str) -> bool:
         """Say whether the users file names a domain."""
-        return canonical("@" + domain)[1:] in self.domains
+        return canonical(domain) in self.domains
 
     def lookup(self, name: str) -> list[str]:
         """Return the accounts and lists that a name means; without a domain it may be several."""
@@ -312,8 +312,8 @@ class Users:
             return []
         name = canonical(name)
         if "@" not in name:
-            parts = {name, name.partition("+")[0]} - {""}
-            found = [full for part in parts for full in self.by_local_part.get(part, [])]
+            names = self.by_local_part
+            found = names.get(name) or names.get(name.partition("+")[0])
             found = found or [canonical(a) for a in self.postmaster() if name == "postmaster"]
             return [self.as_written(full) for full in found]
         return [self.as_written(name)] if name in self.lists else self.mailboxes(name)[:1]
@@ -544,35 +544,38 @@ class Delivery:
             content = iter(lambda: os.read(fd, BUFFER), b"")
             self.write_file(target.folder, self.path(target), [target.header_fields], content)
         self.close_file()
-        if entry:
-            queue = self.store.queue_folder
-            self.write_file(queue, f"{queue}/{entry.id}.json", [entry.to_json()])
-        paths = self.publish(entry is not None, published)
-        self.store.announce(queued=entry is not None)
-        return paths
-
-    def publish(
-        self, queued: bool, published: Callable[[list[str]], None] | None = None
-    ) -> list[str]:
-        """Rename the files to what they will be called, the queue's entry (the last) in the end."""
         paths = list(self.pending.values())
+        if entry:
+            self.write_entry(entry)
         folders = {path.rpartition("/")[0]: True for path in paths}
         for folder in folders:
             self.store.make_durable(folder)
-        messages = list(self.pending)[: -1 if queued else None]
-        for tmp in messages:
-            self.store.rename(tmp, self.pending[tmp])
-            del self.pending[tmp]
+        self.publish(paths)
         for folder in folders:
-            if folder != self.store.queue_folder:  # it is synced with the entry
-                self.store.sync_folder(folder)
+            self.store.sync_folder(folder)
         if published:
-            published(paths[: len(messages)])
-        for tmp in list(self.pending):
-            self.store.rename(tmp, self.pending[tmp])
-            del self.pending[tmp]
-            self.store.sync_folder(self.store.queue_folder)
+            published(paths)
+        if entry:
+            self.publish_entry(entry)
+        self.store.announce(queued=entry is not None)
         return paths
+
+    def publish(self, paths: list[str]) -> None:
+        """Rename files in tmp/ to what they will be called."""
+        for tmp, path in list(self.pending.items()):
+            if path in paths:
+                self.store.rename(tmp, path)
+                del self.pending[tmp]
+
+    def write_entry(self, entry: "QueueEntry") -> None:
+        """Write the queue's record of a message into tmp/."""
+        path = self.store.entry_path(entry.id)
+        self.write_file(self.store.queue_folder, path, [entry.to_json()])
+
+    def publish_entry(self, entry: "QueueEntry") -> None:
+        """Let the queue's record be seen, durably: from now on the relay may send the message."""
+        self.publish([self.store.entry_path(entry.id)])
+        self.store.sync_folder(self.store.queue_folder)
 
     def path(self, target: Target) -> str:
         """Return what a target's file will be called, with its sizes if it is a Maildir's."""
@@ -643,7 +646,7 @@ class Store:
         self.arrived = threading.Condition()
         self.arrivals = 0  # deliveries by this process
         self.queue_changed = threading.Event()
-        self.durable = {os.path.abspath(os.sep)}  # folders whose names are on disk for certain
+        self.durable: set[str] = set()  # folders whose names are on disk for certain
         self.measured: dict[str, tuple[tuple[int, int, int], int]] = {}  # path to version, size
         self.complaints: set[str] = set()  # what has been logged once
         self.catch_all: str | bool | None = None
@@ -722,7 +725,7 @@ class Store:
         if version != self.changed_version:
             self.changed_version, self.changed_since = version, clock()
         written = max(version[1:3]) / 1e9 if version else 0.0
-        quiet = 0 <= SETTLE_SECONDS < time.time() - written
+        quiet = time.time() - written > SETTLE_SECONDS
         return quiet or clock() - self.changed_since >= SETTLE_SECONDS
 
     def try_to_reload(self, version: tuple[int, int, int, int] | None) -> None:
@@ -740,6 +743,7 @@ class Store:
     def reload_users(self) -> None:
         """Read the users file now; raise UsersError or OSError, and keep the old accounts then."""
         if self.users_path:
+            self.users_version = self.version_of_users()
             self.loaded = self.read_users()
             log.info("%s read again: %d accounts", self.users_path, len(self.loaded.accounts))
 
@@ -831,9 +835,10 @@ class Store:
 
         Whoever made them may have failed to, or may be about to: a message is not safe before.
         """
-        if self.sync and folder not in self.durable:
-            self.make_durable(os.path.dirname(folder))
-            self.sync_folder(os.path.dirname(folder))
+        parent = os.path.dirname(folder)
+        if self.sync and folder not in self.durable and folder != parent:
+            self.make_durable(parent)
+            self.sync_folder(parent)
             self.durable.add(folder)
 
     def announce(self, queued: bool) -> None:
@@ -916,34 +921,33 @@ class Store:
         """
         if count < 1:
             raise ValueError(f"count: {count!r} is not a number above 0; see expect_none()")
-        deadline = clock() + timeout
+        deadline, paths = clock() + timeout, []
         looked_at: dict[str, EmailMessage | None] = {}
-        while True:
-            arrivals, paths = self.arrivals, self.paths(address)
+        for paths in self.looks(address, timeout):
             if len(paths) >= count:
                 found = select_messages(paths, looked_at, match, deadline)
                 if len(found) >= count:
                     return found
-            if clock() >= deadline:
-                what = count_messages(count) + (" that match" if match else "")
-                there = describe(paths)
-                raise TimeoutError(f"{address}: waited {timeout} s for {what}; {there}")
-            with self.arrived:  # another process may deliver, and does not notify us
-                if arrivals == self.arrivals:
-                    self.arrived.wait(min(deadline - clock(), POLL_SECONDS))
+        what = count_messages(count) + (" that match" if match else "")
+        raise TimeoutError(f"{address}: waited {timeout} s for {what}; {describe(paths)}")
 
     def expect_none(self, address: str, seconds: float) -> None:
         """Raise AssertionError when an address has or gets a message within `seconds`."""
-        deadline = clock() + seconds
-        while True:
-            arrivals, paths = self.arrivals, self.paths(address)
+        for paths in self.looks(address, seconds):
             if paths:
                 raise AssertionError(f"{address}: no message was expected; {describe(paths)}")
+
+    def looks(self, address: str, seconds: float) -> Iterator[list[str]]:
+        """Yield an address's files, now and whenever there may be others, until time is over."""
+        deadline = clock() + seconds
+        while True:
+            arrivals = self.arrivals
+            yield self.paths(address)
             if clock() >= deadline:
                 return
-            with self.arrived:
+            with self.arrived:  # another process may deliver, and does not notify us
                 if arrivals == self.arrivals:
-                    self.arrived.wait(min(deadline - clock(), POLL_SECONDS))
+                    self.arrived.wait(min(max(deadline - clock(), 0), POLL_SECONDS))
 
     def clear(self, address: str | None = None) -> None:
         """Delete the messages of one address, or of all mailboxes and the queue."""
@@ -977,10 +981,11 @@ class Store:
             self.durable.discard(f"{self.mailbox(address)}/new")
 
     def change_account(self, address: str, password: str | None) -> None:
-        """Give an account another password, or make it, or (None) remove it."""
+        """Make an account, or (None) remove it."""
         with self.users_lock:
-            self.mapping.pop(address, None)
-            if password:
+            if password is None:
+                del self.mapping[address]
+            else:
                 self.mapping[address] = password
             self.loaded = self.read_users()
 
@@ -996,12 +1001,16 @@ class Store:
         found = [entry for name in self.queue_names() if (entry := self.entry(name))]
         return sorted(found, key=lambda entry: (entry.arrival_time, entry.id))
 
+    def entry_path(self, name: str) -> str:
+        """Return the path of one queued message's entry."""
+        return f"{self.queue_folder}/{name}.json"
+
     def entry(self, name: str) -> "QueueEntry | None":
         """Return the entry of one queued message; None: it is gone, or damaged, which is logged.
 
         Raises OSError when it can't be read just now.
         """
-        path = f"{self.queue_folder}/{name}.json"
+        path = self.entry_path(name)
         try:
             return QueueEntry.from_json(name, read_file(path))
         except FileNotFoundError:
@@ -1013,7 +1022,7 @@ class Store:
     def entry_version(self, name: str) -> int | None:
         """Return what changes when an entry is saved, or None when it is gone."""
         try:
-            return os.stat(f"{self.queue_folder}/{name}.json").st_mtime_ns
+            return os.stat(self.entry_path(name)).st_mtime_ns
         except FileNotFoundError:
             return None
 
@@ -1023,14 +1032,13 @@ class Store:
 
     def save_entry(self, entry: "QueueEntry") -> None:
         """Put a changed entry in place of the old one, durably."""
-        path = f"{self.queue_folder}/{entry.id}.json"
         with contextlib.closing(Delivery(self, [])) as delivery:
-            delivery.write_file(self.queue_folder, path, [entry.to_json()])
-            delivery.publish(queued=True)
+            delivery.write_entry(entry)
+            delivery.publish_entry(entry)
 
     def dequeue(self, name: str) -> None:
         """Remove a message that no recipient waits for any more."""
-        os.unlink(f"{self.queue_folder}/{name}.json")
+        os.unlink(self.entry_path(name))
         self.sync_folder(self.queue_folder)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.queue_folder}/{name}")
@@ -1143,7 +1151,7 @@ class QueuedRecipient:
     @property
     def domain(self) -> str:
         """The domain in its canonical form."""
-        return canonical("@" + self.address.rpartition("@")[2])[1:]
+        return canonical(self.address.rpartition("@")[2])
 
     def wants(self, event: str) -> bool:
         """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; unasked: FAILURE."""
@@ -1208,7 +1216,7 @@ class QueueEntry:
             entry.arrival_time = float(record.get("arrival_time", entry.arrival_time))
             gap = time.time() - float(record.get("saved", 0.0))
             entry.waited = float(record.get("waited", 0.0)) + min(max(gap, 0.0), 4 * 3600)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         texts = [entry.id, entry.sender, *entry.parameters, *entry.parameters.values()]
         if entry.id != name or not all(is_line(text) for text in texts if text is not None):
@@ -1386,6 +1394,9 @@ def newline_kinds(data: bytes) -> str | tuple[str, ...] | None:
     return decoder.newlines
 
 
+LINE_END = re.compile(rb"(?<!\r)\r+\n|\r|\n")  # looks at a run of CRs once
+
+
 class LineEnds:
     """Turns every line end into CRLF, block by block.
 
@@ -1412,7 +1423,7 @@ class LineEnds:
             return block
         self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
         if "\r" in (kinds or ()):
-            return re.sub(rb"\r+\n|\r|\n", b"\r\n", block)
+            return LINE_END.sub(b"\r\n", block)
         return block.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
 
     def end(self) -> bytes:

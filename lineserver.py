@@ -32,6 +32,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
@@ -45,6 +46,7 @@ if sys.version_info < (3, 11):
 VERSION = "1.1"
 
 MAX_LINE = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 asks for 512, RFC 2449 4 for 255
+MAX_REPLY = 510  # octets of a reply line without its CRLF, RFC 5321 4.5.3.1.5
 MAX_SASL_LINE = 12288  # octets of an answer in a login, RFC 4954 4
 MAX_ERRORS = 20  # in a row; a good command starts the count again
 MAX_LOGINS = 5  # failed logins in one session
@@ -97,11 +99,18 @@ class Quit(Disconnect):
 
 
 class ClientTimeout(Exception):
-    """The client did not send what it should in time; a TimeoutError would be the disk's."""
+    """The client did not send what it should in time.
+
+    Not a TimeoutError, because that is an OSError and would be reported as a disk failure.
+    """
 
 
 class Refused(Exception):
-    """A command is refused; the text is the reply."""
+    """A command is refused; the text is the reply.  `ours`: it is no error of the client."""
+
+    def __init__(self, reply: str, ours: bool = False):
+        super().__init__(reply)
+        self.ours = ours
 
 
 class HookError(Exception):
@@ -219,9 +228,9 @@ class LineReader:
         self.before_waiting()
         if seconds <= 0:
             raise ClientTimeout
-        if seconds != self.seconds:
-            self.limit(seconds)
         try:
+            if seconds != self.seconds:
+                self.limit(seconds)
             block = self.sock.recv(size)
         except (TimeoutError, BlockingIOError):
             raise ClientTimeout from None
@@ -307,7 +316,6 @@ class LineHandler(socketserver.BaseRequestHandler):
     error_prefix: str  # how a refusal begins
     reply_pattern: re.Pattern[str]  # what a reply looks like
     keep_spaces: frozenset[str] = frozenset()  # verbs whose argument keeps its spaces
-    masked_after: Mapping[str, int]  # verbs with a secret: how many words the trace may show
     numbers = itertools.count(1)  # of sessions
 
     server: "LineServer"
@@ -323,7 +331,6 @@ class LineHandler(socketserver.BaseRequestHandler):
         self.pending: list[bytes] = []  # replies that are not sent yet
         self.pending_size = 0  # their octets
         self.errors = 0  # in a row
-        self.mask_unknown = False  # a refused login's answers may still come
         self.reader = LineReader(self.request, self.flush)
         self.thread = threading.current_thread()
         self.server.sessions.add(self)
@@ -333,7 +340,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         raise NotImplementedError
 
     def handle(self) -> None:
-        """Converse until somebody ends it; each of the four ways to end has its own last reply."""
+        """Converse until the session ends, and say what the way that it ends calls for."""
         why, farewell, linger = "the server stops", self.replies["stopping"], True
         try:
             self.converse()
@@ -363,18 +370,21 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def serve_command(self) -> Reply:
         """Read one command and return its reply."""
-        verb, reply = "?", None
+        verb, reply, ours = "?", None, False
         try:
             verb, argument = self.read_command()
             reply = self.dispatch(verb, argument)
         except Refused as refusal:
-            reply = str(refusal)
+            reply, ours = str(refusal), refusal.ours
         except OSError as error:  # sockets raise Disconnect, hooks HookError: this is the disk
-            reply = self.store_failed(verb, error)
-        if isinstance(reply, str) and reply.startswith(self.error_prefix):
-            self.count_error(verb, reply)
-        else:
+            reply, ours = self.store_failed(verb, error), True
+        if not isinstance(reply, str) or not reply.startswith(self.error_prefix):
             self.errors = 0
+            return reply
+        self.errors += not ours
+        if not self.server.trace:  # which shows it anyway
+            what = verb if verb in self.commands else "an unknown command"
+            self.log("refused %s: %s", what, reply)
         return reply
 
     def read_command(self) -> tuple[str, str]:
@@ -391,7 +401,7 @@ class LineHandler(socketserver.BaseRequestHandler):
             reply = self.hook_reply(verb, argument)
             if reply is not None:
                 return reply
-        if verb in HTTP_VERBS or " HTTP/" in argument:
+        if verb in HTTP_VERBS or (" HTTP/" in argument and verb not in self.commands):
             # Any web page can make a browser send our commands behind a POST.
             raise Disconnect("speaks HTTP", self.replies["http"])
         self.check_command(verb, argument)
@@ -401,14 +411,6 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def check_command(self, verb: str, argument: str) -> None:
         """Look at each command first; a protocol that forbids it here and now raises Refused."""
-
-    def count_error(self, verb: str, reply: str) -> None:
-        """Count errors in a row, and log a refusal; the trace shows it anyway."""
-        self.errors += 1
-        self.mask_unknown = self.mask_unknown or verb in self.masked_after
-        if not self.server.trace:
-            what = verb if verb in self.commands else "an unknown command"
-            self.log("refused %s: %s", what, reply)
 
     def hook_reply(self, verb: str, argument: str) -> str | None:
         """Return what the embedding program's hook answers in our place, or None.
@@ -435,7 +437,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         return str(self.replies["disk"])
 
     def release(self) -> None:
-        """Give back what the session holds, before the last reply is sent; called at least once."""
+        """Give back what the session holds, before the last reply; may be called twice."""
 
     # ---- lines in and out
 
@@ -449,6 +451,7 @@ class LineHandler(socketserver.BaseRequestHandler):
         if bare_lf and not line.endswith(b"\n"):
             self.reader.skip_line(self.server.timeout)
             self.trace("C", f"({limit} octets and more without a line end)")
+            self.bare_lf = bool(self.bare_lf)  # the first line is over: CRLF it is
             raise Refused(self.replies["long answer" if secret else "long"])
         if self.bare_lf is None:
             self.bare_lf = bare_lf
@@ -459,16 +462,7 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     def masked(self, line: str) -> str:
         """Return a command line as the trace may show it."""
-        words = line.split()
-        verb = words[0].upper() if words else ""
-        if verb in self.commands or verb in self.masked_after:
-            self.mask_unknown = False
-        if self.mask_unknown:
-            return "****"
-        shown = self.masked_after.get(verb)
-        if shown is None:
-            return line
-        return " ".join(words[: shown + 1] + ["****"] * (len(words) > shown + 1))
+        return line
 
     def reply(self, reply: Reply) -> None:
         """Queue a reply; it is sent when the session is about to wait."""
@@ -477,8 +471,13 @@ class LineHandler(socketserver.BaseRequestHandler):
         if self.server.trace:
             for line in [reply] if isinstance(reply, str) else reply:
                 self.trace("S", line)
-        text = f"{reply}\r\n" if isinstance(reply, str) else "\r\n".join([*reply, ""])
-        self.write(text.encode("ascii", "backslashreplace"))
+        if isinstance(reply, str):
+            data = reply.encode("ascii", "backslashreplace")
+            if len(data) > MAX_REPLY and b"\n" not in data:
+                data = data[:MAX_REPLY]
+        else:
+            data = "\r\n".join(reply).encode("ascii", "backslashreplace")
+        self.write(data + b"\r\n")
 
     def write(self, data: bytes) -> None:
         """Queue octets as they are; what is waiting is sent when it grows large."""
@@ -542,6 +541,8 @@ class LineHandler(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.release()
         self.server.sessions.discard(self)
+        with contextlib.suppress(OSError):  # a child process may hold the socket, too
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
         self.request.close()
         del self.reader  # breaks the cycle handler-reader, so that memory is freed now
 
@@ -603,6 +604,9 @@ class Accounts(Protocol):
     def check_digest(self, name: str, answer: Answer, digest: str) -> str | None: ...
 
 
+LOGIN_VERB = re.compile(r"\W*(AUTH|APOP|PASS|USER)(?![0-9A-Za-z])", re.IGNORECASE)
+
+
 class LoginHandler(LineHandler):
     """A session in which one can log in: by SASL (RFC 4422), or by a protocol's own commands."""
 
@@ -616,6 +620,7 @@ class LoginHandler(LineHandler):
     def setup(self) -> None:
         super().setup()
         self.failed_logins = 0
+        self.mask_unknown = False  # what follows a login may be the rest of it, however it ended
 
     def may_log_in(self) -> bool:
         """Say whether a password may cross this connection."""
@@ -692,15 +697,20 @@ class LoginHandler(LineHandler):
     }
 
     def masked(self, line: str) -> str:
-        words = line.split()
-        if (
-            len(words) > 1
-            and words[0].upper() == "AUTH"
-            and words[1].upper() not in self.mechanisms
-        ):
-            words[1] = "****"
-            line = " ".join(words)
-        return super().masked(line)
+        """Hide what may be a password, also where a client gets the form or the protocol wrong."""
+        login = LOGIN_VERB.match(line)
+        if not login:
+            if line.partition(" ")[0].rstrip("\t").upper() in self.commands:
+                self.mask_unknown = False
+            return "****" if self.mask_unknown else line
+        self.mask_unknown = True
+        words, verb = line.split(), login[1].upper()
+        if verb == "USER" or words == [login[1]]:
+            return line
+        mechanism = words[0].upper() == "AUTH" and words[1].upper() in self.mechanisms
+        name = words[0].upper() == "APOP" and len(words) > 2
+        shown = words[:2] if mechanism or name else [login[1]]
+        return " ".join([*shown, *["****"] * (len(words) > len(shown))])
 
     def check_password(self, name: str, password: bytes) -> str | None:
         """Return the account that name and password open; a hash waits for its turn."""
@@ -727,7 +737,8 @@ class LoginHandler(LineHandler):
             throttle.clear(host, account)
             self.log("logged in as %s", address)
             return address
-        self.server.stopping.wait(throttle.delay(host, account))
+        delay = throttle.delay(host, account, self.server.login_delay)
+        self.server.stopping.wait(delay)
         return self.fail(name, str(self.replies["wrong"]))
 
     def fail(self, name: str, reply: str) -> NoReturn:
@@ -748,8 +759,7 @@ class LoginThrottle:
     at the same time gain nothing.
     """
 
-    def __init__(self, first_delay: float):
-        self.first_delay = first_delay
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.failures: dict[tuple[str, str], collections.deque[float]] = {}  # times, oldest first
 
@@ -778,11 +788,15 @@ class LoginThrottle:
         with self.lock:
             self.failures.pop((host, account), None)
 
-    def delay(self, host: str, account: str) -> float:
-        """Return for how many seconds the answer to a failed login has to wait."""
+    def delay(self, host: str, account: str, first: float) -> float:
+        """Return for how many seconds the answer to a failed login waits, the `first` and later."""
         with self.lock:
             count = len(self.failures.get((host, account), ()))
-        return min(self.first_delay * 2 ** min(count - 1, 10), MAX_DELAY) if count else 0.0
+        return min(first * 2 ** min(count - 1, 10), MAX_DELAY) if count else 0.0
+
+
+# By Store: a block counts at all listeners that have the same accounts.
+throttles: weakref.WeakKeyDictionary[Any, LoginThrottle] = weakref.WeakKeyDictionary()
 
 
 class TooManyHashes(Exception):
@@ -834,6 +848,7 @@ class LineServer(socketserver.ThreadingTCPServer):
 
     request_queue_size = 1024  # socketserver's 5 makes a burst of clients wait for seconds
     allow_reuse_address = os.name == "posix"  # on Windows two servers could share a port
+    store: Any  # whose accounts log in
     default_timeout: float = 300
     login_delay = 0.25  # seconds before the first failed login is answered
 
@@ -861,7 +876,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.trace = Trace() if trace is True else trace or None
         self.intercept = intercept
         self.sessions: set[LineHandler] = set()
-        self.throttle = LoginThrottle(self.login_delay)
+        self.throttle = throttles.setdefault(self.store, LoginThrottle())
         self.stopping = threading.Event()
         self.lock = threading.RLock()  # a signal handler may call stop() while we hold it
         self.threads: set[threading.Thread] = set()
@@ -909,8 +924,8 @@ class LineServer(socketserver.ThreadingTCPServer):
         """Read the certificate again; raise OSError or ValueError, and keep the old one then."""
         self.tls = self.tls_options.context()
 
-    # ---- threads: the one that accepts a connection starts another acceptor if none is left, then
-    # ---- serves the session
+    # ---- threads: at least one accepts; one that gets a connection serves the session, and first
+    # ---- starts another if no one is left to accept
 
     def start(self) -> None:
         """Begin to serve, in threads of our own; RuntimeError when the server was stopped."""
@@ -1070,7 +1085,7 @@ class LineServer(socketserver.ThreadingTCPServer):
         self.begin_stop()
         if not self.is_copy():
             deadline = clock() + seconds
-            # In a process that shares its listener, threads without a session go on waiting at it.
+            # Where the listener is shared, threads without a session stay in accept().
             sessions = {session.thread for session in list(self.sessions)}
             join(sessions if self.shares_listener else set(self.threads), deadline)
             self.cut_sessions()

@@ -16,10 +16,10 @@ maildrop of a session is a `Maildrop` of store.py, a snapshot under an exclusive
 """
 
 import functools
+import itertools
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,6 @@ class POP3Handler(LoginHandler):
     challenge_format = "+ {}"
     reply_pattern = re.compile(r"(?:\+OK|-ERR)(?: .*)?")
     keep_spaces = frozenset({"PASS"})
-    masked_after = {"PASS": 0, "APOP": 1, "AUTH": 1}
     replies = {
         "busy": "-ERR [SYS/TEMP] too many sessions, try again later",
         "stopping": None,  # RFC 1939 3: a session that ends without QUIT gets no reply
@@ -125,7 +124,7 @@ class POP3Handler(LoginHandler):
         self.maildrop: Maildrop | None = None
         self.deleted: set[int] = set()  # indexes of the messages that are marked
         self.name: str | None = None  # given with USER
-        self.timestamp = f"<{os.getpid()}.{time.monotonic_ns()}@{self.server.hostname}>"
+        self.timestamp = f"<{os.getpid()}.{os.urandom(8).hex()}@{self.server.hostname}>"
         self.commands = self.authorization
 
     def release(self) -> None:
@@ -305,24 +304,31 @@ class POP3Handler(LoginHandler):
             fd, octets = self.drop.open(index)
         except FileNotFoundError:
             what = "is gone: another program has removed it"
-            raise Refused(f"-ERR message {index + 1} {what}") from None
+            raise Refused(f"-ERR message {index + 1} {what}", ours=True) from None
+        try:
+            blocks = to_crlf(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
+            first = next(blocks, b"")  # that a file can't be read has to be said before +OK
+            self.reply(reply.format(octets))
+            blocks = itertools.chain([first], blocks)
+            self.send_blocks(dot_stuff(blocks if lines is None else top(blocks, lines)))
+        finally:
+            os.close(fd)
+        return None
+
+    def send_blocks(self, blocks: Iterator[bytes]) -> None:
+        """Send the content of a multi-line reply, and its end."""
         trace = self.trace_data("S")
         try:
-            self.reply(reply.format(octets))
-            blocks = to_crlf(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
-            for block in dot_stuff(blocks if lines is None else top(blocks, lines)):
+            for block in blocks:
                 if trace:
                     trace.feed(block)
                 self.write(block)
         except OSError as error:  # in the middle of a message there is no way to say so
-            raise Disconnect(f"message {index + 1}: {error}") from None
-        finally:
-            os.close(fd)
+            raise Disconnect(f"a message can't be read on: {error}") from None
         self.write(b".\r\n")
         if trace:
             trace.feed(b".\r\n")
             trace.end()
-        return None
 
     def dele(self, argument: str) -> Reply:
         index = self.message_index(argument)
@@ -401,6 +407,7 @@ class POP3Server(LineServer):
     The keywords are those that SMTPServer has of the same names.
     """
 
+    store: Store
     default_timeout = IDLE_TIMEOUT
 
     def __init__(

@@ -46,6 +46,7 @@ from lineserver import (
     Trace,
     check_hostname,
     check_option,
+    clock,
     dot_unstuff,
     is_loopback,
     printable,
@@ -118,7 +119,7 @@ NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
 FIELD = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
 FIRST_LINE = re.compile(rb">?From |%b" % FIELD)  # mbox's separator counts as a field
 NEXT_LINE = re.compile(rb"[ \t]|%b" % FIELD)
-HEADER_LINES = re.compile(rb"(?:(?:[ \t]|%b)[^\n]*\n)*" % FIELD)
+HEADER_LINES = re.compile(rb"(?:(?:[ \t]|%b)[^\n]*\n)*+" % FIELD)  # possessive: no memory
 CUT_LINE = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # which may yet become a field
 RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
@@ -337,7 +338,6 @@ class SMTPHandler(LoginHandler):
     error_prefix = "5"
     challenge_format = "334 {}"
     reply_pattern = re.compile(r"(?:[2-5][0-9]{2}-[^\n]*\r?\n)*[2-5][0-9]{2}(?: .*)?")
-    masked_after = {"AUTH": 1}
     replies = {
         "busy": "421 4.7.0 Too many sessions, try again later",
         "stopping": "421 4.3.2 The server is stopping",
@@ -487,7 +487,7 @@ class SMTPHandler(LoginHandler):
         if self.envelope:
             raise Refused("503 5.5.1 There is a sender already; RCPT TO is next, or RSET")
         sender, rest = self.path(argument, "FROM", "501 5.1.7")
-        if sender and "@" not in sender:
+        if sender and "@" not in sender.rpartition('"')[2]:
             sender = f"{sender}@{self.server.hostname}"
         parameters = parse_parameters(rest, MAIL_PARAMETERS)
         if not sender.isascii() and "SMTPUTF8" not in parameters:
@@ -697,19 +697,17 @@ class SMTPHandler(LoginHandler):
         self.report_success(envelope, paths[0])
         return f"250 2.0.0 Ok: queued as {envelope.id}"
 
-    def targets(self, envelope: Envelope) -> list[Target]:
-        """Return a copy per mailbox, and one for the queue if any of it goes elsewhere."""
-        received, targets = self.received(envelope), {}
+    def targets(self, envelope: Envelope) -> Iterator[Target]:
+        """Yield a copy per mailbox, and one for the queue if any of it goes elsewhere."""
+        store, received, seen = self.server.store, self.received(envelope), set()
         for recipient in envelope.accepted:
             for mailbox in recipient.mailboxes:
-                if mailbox not in targets:
-                    targets[mailbox] = self.server.store.mailbox_target(
-                        mailbox, envelope.sender, recipient.address, received
-                    )
-        found = list(targets.values())
+                if mailbox not in seen:
+                    seen.add(mailbox)
+                    sender, address = envelope.sender, recipient.address
+                    yield store.mailbox_target(mailbox, sender, address, received)
         if not all(recipient.mailboxes for recipient in envelope.accepted):
-            found.append(Target(self.server.store.queue_folder, received.encode(), envelope.id))
-        return found
+            yield Target(store.queue_folder, received.encode(), envelope.id)
 
     def received(self, envelope: Envelope) -> str:
         """Return this hop's trace field (RFC 5321 4.4, `with` by RFC 3848 and RFC 6531 4.3)."""
@@ -930,6 +928,8 @@ class SMTPServer(LineServer):
     that it returns is the reply, raising Disconnect drops the connection.
     """
 
+    store: Store
+
     def __init__(
         self,
         address: tuple[str, int],
@@ -1026,10 +1026,11 @@ class SMTPServer(LineServer):
             self.relay.begin_stop()
 
     def stop(self, seconds: float = STOP_TIMEOUT) -> None:
-        """Stop and close; sessions that are storing something get `seconds` to finish."""
+        """Stop and close; what is being stored or sent on gets `seconds` to finish."""
+        deadline = clock() + seconds
         super().stop(seconds)
         if self.owns_relay and self.stopping.is_set():
-            self.relay.stop()
+            self.relay.stop(deadline - clock())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from lineserver import (
     show_address,
     timestamp,
 )
-from store import DEMO, Store, users_file
+from store import DEMO, Store, open_standard_descriptors, users_file
 
 ENDING = {signal.SIGINT, signal.SIGTERM}
 RELOAD: int = getattr(signal, "SIGHUP", -1)  # Windows has none
@@ -55,6 +55,8 @@ def run_program(args: argparse.Namespace, make_servers: MakeServers) -> int:
         text = re.sub("^[a-z_]+(?=:? )", lambda match: option_name(match[0], args), str(error))
         print(f"{args.program}: {printable(text)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except (OSError, RuntimeError, MemoryError) as error:
         name = getattr(error, "filename", None)
         where = "" if name is None else f"{name or 'an empty name'}: "
@@ -97,6 +99,7 @@ class OptionParser(argparse.ArgumentParser):
 def parse_arguments(argv: list[str] | None, protocol: str) -> argparse.Namespace:
     """Read the command line of the program for SMTP or POP3; end the program when it is wrong."""
     open_standard_descriptors()
+    os.umask(0o077)
     smtp = protocol == "SMTP"
     program = os.path.basename(sys.argv[0]) or f"{protocol.lower()}d"
     about = (
@@ -314,20 +317,6 @@ def log_to_stderr(servers: list[LineServer]) -> None:
 # ---------------------------------------------------------------- what the system gives
 
 
-def open_standard_descriptors() -> None:
-    """Open closed descriptors 0 to 2 on the null device: a socket must not become stderr."""
-    os.umask(0o077)
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
 def take_descriptors() -> None:
     """Raise the soft limit on open files: the usual 1024 are too few for two listeners."""
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -390,12 +379,15 @@ class Signals:
 
 def reload(store: Store, servers: list[LineServer]) -> None:
     """Read users file and certificates again; a broken one is logged and changes nothing."""
+    done = True
     for read_again in [store.reload_users, *(server.reload for server in servers)]:
         try:
             read_again()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             logging.error("reload: %s", error)
-    logging.info("reloaded")
+            done = False
+    if done:
+        logging.info("reloaded")
 
 
 # ---------------------------------------------------------------- processes
@@ -408,7 +400,8 @@ def start(servers: list[LineServer]) -> None:
             server.start()
     except BaseException:
         for server in servers:
-            server.stop()
+            with contextlib.suppress(Exception):
+                server.stop()
         raise
 
 

@@ -62,12 +62,14 @@ SETTLE_SECONDS = 0.5  # for which a changed users file must have stayed the same
 POLL_SECONDS = 0.1  # between two looks at a mailbox into which another process may deliver
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB of memory and some 40 ms a hash
 FOLLOWS = 20  # times that a file is looked for which another program renames again and again
+CLOCK_TICK = 20_000_000  # nanoseconds: a folder's time of change is no more precise
 MAX_MEASURED = 200_000  # files whose sizes are remembered, some 300 octets of memory each
-LONG_FIELD = 10_000  # characters of a header field beyond which it is not decoded
+LONG_FIELD = 4000  # characters beyond which a header field is not parsed: time grows squared
+MAX_COMPARISONS = 10_000_000  # of lines with boundaries, a second's work; else parts stay text
 MAX_SHOWN = 10_000_000  # octets of a message that `show` looks into
 MAX_HEADER = 1 << 16  # octets of a message in which `list` looks for its header
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as in users.txt
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}  # no such thing here, or not for us
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # this file system knows no such thing
 
 # Seconds that pass whatever is done to the clock: tests that freeze time patch time.monotonic.
 clock: Callable[[], float] = (
@@ -82,14 +84,21 @@ try:
     import fcntl
 
     def lock(fd: int) -> None:
-        """Lock an open file until it or its process ends; raise BlockingIOError if it is locked."""
+        """Lock an open file; raise BlockingIOError if it is locked.  Its end is the lock's."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def unlock(fd: int) -> None:
+        """Let go of a lock, which a child process would otherwise share, and close its file."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
 except ImportError:  # Windows
     import msvcrt
 
+    unlock = os.close
+
     def lock(fd: int) -> None:
-        """Lock an open file until it or its process ends; raise BlockingIOError if it is locked."""
+        """Lock an open file; raise BlockingIOError if it is locked.  Its end is the lock's."""
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         except OSError as error:
@@ -163,6 +172,7 @@ class Users:
         self.accounts: dict[str, str] = {}
         self.lists: dict[str, tuple[str, list[str]]] = {}
         self.passwords: dict[str, str] = {}
+        self.expanded: dict[str, list[str]] = {}  # shared by thousands of recipients
         places: dict[str, str] = {}
         for where, name, sign, rest in lines:
             if not name.startswith("*") and (fault := name_fault(name)):
@@ -287,7 +297,11 @@ class Users:
 
     def expand_list(self, name: str) -> list[str]:
         """Return the accounts behind one name, each once; a list within itself adds nothing."""
-        found, seen, left = {}, set(), [name]
+        if name not in self.accounts and name not in self.lists:
+            return []
+        if name in self.expanded:
+            return self.expanded[name]
+        found, seen, left, start = {}, set(), [name], name
         while left:
             name = left.pop()
             if name in self.accounts:
@@ -295,7 +309,7 @@ class Users:
             elif name in self.lists and name not in seen:
                 seen.add(name)
                 left += map(canonical, reversed(self.lists[name][1]))
-        return list(found)
+        return self.expanded.setdefault(start, list(found))
 
     def postmaster(self) -> list[str]:
         """Return who gets `<postmaster>`'s mail, which must reach somebody (RFC 5321 4.5.1)."""
@@ -434,7 +448,7 @@ def unique_name(host: str, octets: int, octets_on_wire: int) -> str:
     """
     last_time[0] = max(last_time[0], time.time_ns() // 1000)
     seconds, micros = divmod(last_time[0], 1_000_000)
-    name = f"{seconds}.M{micros:06d}P{os.getpid()}Q{next(counter):08d}"
+    name = f"{seconds:010d}.M{micros:06d}P{os.getpid()}Q{next(counter):08d}"
     sizes = f",S={octets},W={octets_on_wire}"
     return f"{name}.{host[: MAX_UID - 1 - len(name) - len(sizes)]}{sizes}"
 
@@ -444,7 +458,7 @@ ids = itertools.count(1)
 
 def new_id() -> str:
     """Return a queue ID: hexadecimal, and unique on this machine."""
-    return f"{time.time_ns() // 1000:X}{os.getpid() % 0x10000:04X}{next(ids) % 0x1000:03X}"
+    return f"{time.time_ns() // 1000:X}{os.getpid():04X}{next(ids):03X}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -486,14 +500,16 @@ class Delivery:
     removes what was not committed.  `write` and `commit` may raise OSError.
     """
 
-    def __init__(self, store: "Store", targets: list[Target]):
+    def __init__(self, store: "Store", targets: Iterable[Target]):
         self.store = store
-        self.targets = targets
+        self.targets = iter(targets)  # those whose files are not begun: there may be thousands
+        self.first = next(self.targets, None)
         self.buffer = bytearray()  # content that is not in a file yet
         self.size = 0  # octets of content
         self.tail = b""  # its last two octets
         self.fd: int | None = None  # of the first target's file
         self.pending: dict[str, str] = {}  # files in tmp/, and what each will be called
+        self.orphan: str | None = None  # a queue's file whose entry is not in sight yet
 
     def write(self, block: bytes) -> None:
         """Add octets; beyond a small buffer they go to disk as they come."""
@@ -507,8 +523,9 @@ class Delivery:
         self.size += len(data)
         self.tail = (self.tail + data[-2:])[-2:]
         if self.fd is None:
-            self.fd = self.create(self.targets[0].folder)
-            data = self.targets[0].header_fields + data
+            assert self.first
+            self.fd = self.create(self.first.folder)
+            data = self.first.header_fields + data
         write_all(self.fd, data)
         return self.fd
 
@@ -537,27 +554,32 @@ class Delivery:
         """
         fd = self.flush()
         self.store.sync_file(fd)
-        [first] = self.pending
-        self.pending[first] = self.path(self.targets[0])
-        for target in self.targets[1:]:
-            os.lseek(fd, len(self.targets[0].header_fields), os.SEEK_SET)
+        assert self.first
+        [tmp] = self.pending
+        self.pending[tmp] = self.path(self.first)
+        for target in self.targets:
+            os.lseek(fd, len(self.first.header_fields), os.SEEK_SET)
             content = iter(lambda: os.read(fd, BUFFER), b"")
             self.write_file(target.folder, self.path(target), [target.header_fields], content)
         self.close_file()
         paths = list(self.pending.values())
         if entry:
             self.write_entry(entry)
+            self.orphan = f"{self.store.queue_folder}/{entry.id}"
         folders = {path.rpartition("/")[0]: True for path in paths}
         for folder in folders:
             self.store.make_durable(folder)
         self.publish(paths)
         for folder in folders:
+            self.store.make_durable(folder)  # publish() makes it again when somebody has removed it
             self.store.sync_folder(folder)
-        if published:
-            published(paths)
-        if entry:
-            self.publish_entry(entry)
-        self.store.announce(queued=entry is not None)
+        try:
+            if published:
+                published(paths)
+        finally:
+            if entry:
+                self.publish_entry(entry)
+            self.store.announce(queued=entry is not None)
         return paths
 
     def publish(self, paths: list[str]) -> None:
@@ -575,6 +597,7 @@ class Delivery:
     def publish_entry(self, entry: "QueueEntry") -> None:
         """Let the queue's record be seen, durably: from now on the relay may send the message."""
         self.publish([self.store.entry_path(entry.id)])
+        self.orphan = None
         self.store.sync_folder(self.store.queue_folder)
 
     def path(self, target: Target) -> str:
@@ -605,10 +628,10 @@ class Delivery:
         if self.fd is not None:
             with contextlib.suppress(OSError):
                 self.close_file()
-        for tmp in self.pending:
+        for path in [*self.pending, *filter(None, [self.orphan])]:
             with contextlib.suppress(OSError):
-                os.unlink(tmp)
-        self.pending = {}
+                os.unlink(path)
+        self.pending, self.orphan = {}, None
         self.buffer = bytearray()
 
 
@@ -661,9 +684,7 @@ class Store:
         else:
             raise TypeError(f"users: {users!r} is neither a path nor a mapping")
         self.loaded = self.read_users()
-        if read_only:
-            os.listdir(self.folder)
-        else:
+        if not read_only:
             self.prepare()
 
     def __repr__(self) -> str:
@@ -672,7 +693,7 @@ class Store:
     def prepare(self) -> None:
         """Make the folder, try to write into it, and remove what crashes left in tmp/ long ago."""
         make_private_folder(f"{self.queue_folder}/tmp")
-        probe = f"{self.queue_folder}/tmp/{os.getpid()}.{next(counter)}"
+        probe = f"{self.queue_folder}/tmp/{time.time_ns()}.{os.getpid()}.{next(counter)}"
         os.close(os.open(probe, CREATE, 0o600))
         os.unlink(probe)
         for name in os.listdir(self.folder):
@@ -724,9 +745,9 @@ class Store:
         """Say whether a changed users file has stayed the same for a while."""
         if version != self.changed_version:
             self.changed_version, self.changed_since = version, clock()
-        written = max(version[1:3]) / 1e9 if version else 0.0
-        quiet = time.time() - written > SETTLE_SECONDS
-        return quiet or clock() - self.changed_since >= SETTLE_SECONDS
+        if version and time.time() - max(version[1:3]) / 1e9 > SETTLE_SECONDS:
+            return True
+        return clock() - self.changed_since >= SETTLE_SECONDS
 
     def try_to_reload(self, version: tuple[int, int, int, int] | None) -> None:
         if version == self.users_version:  # another thread was faster
@@ -741,8 +762,13 @@ class Store:
         self.users_version = version
 
     def reload_users(self) -> None:
-        """Read the users file now; raise UsersError or OSError, and keep the old accounts then."""
+        """Read the users file once nobody writes into it (which takes half a second to see).
+
+        Raises UsersError or OSError, and keeps the old accounts then.
+        """
         if self.users_path:
+            while not self.has_settled(self.version_of_users()):
+                time.sleep(SETTLE_SECONDS / 10)
             self.users_version = self.version_of_users()
             self.loaded = self.read_users()
             log.info("%s read again: %d accounts", self.users_path, len(self.loaded.accounts))
@@ -757,7 +783,7 @@ class Store:
         before, self.catch_all = self.catch_all, target
         try:
             self.loaded = self.read_users()
-        except UsersError:
+        except BaseException:
             self.catch_all = before
             raise
 
@@ -771,10 +797,10 @@ class Store:
 
             names = list(self.users.accounts.values())
             nearest = difflib.get_close_matches(address, names, 1, 0.5)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            hint = f"; did you mean {nearest[0]}?" if nearest else "; the accounts are:"
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             accounts = ", ".join(names[:10]) + more
-            raise ValueError(f"{address!r} reaches no mailbox; {hint}The accounts: {accounts}")
+            raise ValueError(f"{address!r} reaches no mailbox{hint} {accounts}")
         return found
 
     # ---- writing
@@ -826,7 +852,8 @@ class Store:
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno not in NO_FOLDER_SYNC:
+            above = not folder.startswith(self.folder)  # somebody else's, perhaps not to be read
+            if error.errno not in NO_FOLDER_SYNC and not (above and error.errno == errno.EACCES):
                 raise
             self.complain_once("%s can't be synced: %s", folder, error.strerror)
 
@@ -928,7 +955,9 @@ class Store:
                 found = select_messages(paths, looked_at, match, deadline)
                 if len(found) >= count:
                     return found
-        what = count_messages(count) + (" that match" if match else "")
+        what = count_messages(count)
+        if match:
+            what += " that match" + "es" * (count == 1)
         raise TimeoutError(f"{address}: waited {timeout} s for {what}; {describe(paths)}")
 
     def expect_none(self, address: str, seconds: float) -> None:
@@ -956,8 +985,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         for name in self.queue_names() if address is None else []:
-            with contextlib.suppress(FileNotFoundError):
-                self.dequeue(name)
+            self.dequeue(name)
 
     @contextlib.contextmanager
     def account(self) -> Iterator[tuple[str, str]]:
@@ -993,12 +1021,26 @@ class Store:
 
     def queue_names(self) -> list[str]:
         """Return the IDs of the mail that waits for other hosts."""
-        names = os.listdir(self.queue_folder) if os.path.isdir(self.queue_folder) else []
+        try:
+            names = os.listdir(self.queue_folder)
+        except FileNotFoundError:
+            return []
         return [name[:-5] for name in names if name.endswith(".json") and name[0] != "."]
 
     def queued(self) -> "list[QueueEntry]":
-        """Return the entries of the mail that waits for other hosts, oldest first."""
-        found = [entry for name in self.queue_names() if (entry := self.entry(name))]
+        """Return the entries of the mail that waits for other hosts, oldest first.
+
+        One that can't be read now is logged once, and left out.
+        """
+        found = []
+        for name in self.queue_names():
+            try:
+                entry = self.entry(name)
+            except OSError as error:
+                self.complain_once("%s.json can't be read: %s", name, error)
+                continue
+            if entry:
+                found.append(entry)
         return sorted(found, key=lambda entry: (entry.arrival_time, entry.id))
 
     def entry_path(self, name: str) -> str:
@@ -1037,9 +1079,10 @@ class Store:
             delivery.publish_entry(entry)
 
     def dequeue(self, name: str) -> None:
-        """Remove a message that no recipient waits for any more."""
-        os.unlink(self.entry_path(name))
-        self.sync_folder(self.queue_folder)
+        """Remove a message that no recipient waits for any more; a second call does no harm."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.entry_path(name))
+        self.sync_folder(self.queue_folder)  # an entry without its message must not come back
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.queue_folder}/{name}")
 
@@ -1053,10 +1096,14 @@ class Store:
         tmp = f"{self.queue_folder}/tmp/{name}"
         fd = os.open(tmp, CREATE, 0o600)
         try:
-            write_all(fd, node.encode())
-        finally:
-            os.close(fd)
-        os.replace(tmp, f"{self.queue_folder}/{name}")  # nobody may see it before it is written
+            try:
+                write_all(fd, node.encode())
+            finally:
+                os.close(fd)
+            os.replace(tmp, f"{self.queue_folder}/{name}")  # nobody sees it before it is written
+        except BaseException:
+            os.unlink(tmp)
+            raise
         self.queue_changed.set()
 
     def take_start_requests(self) -> list[str]:
@@ -1066,8 +1113,9 @@ class Store:
             if name.endswith(".start"):
                 path = f"{self.queue_folder}/{name}"
                 try:
-                    nodes.append(read_file(path).decode("utf-8", "replace"))
+                    node = read_file(path).decode("utf-8", "replace")
                     os.unlink(path)
+                    nodes.append(node)
                 except OSError as error:
                     self.complain_once("%s: not a request to start: %s", path, error)
         return nodes
@@ -1087,7 +1135,7 @@ def make_private_folder(path: str) -> None:
 
 
 def take_lock(path: str) -> int | None:
-    """Return a descriptor that holds a file's lock until it is closed; None: it is locked."""
+    """Return a descriptor that holds a file's lock until `unlock`; None: it is locked."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         lock(fd)
@@ -1289,23 +1337,49 @@ class Maildrop:
         self.names: list[str] = []
         self.paths: list[str] = []
         self.sizes: list[int] = []
-        for name, path in sorted(self.scan().items()):
+        found = self.scan()
+        for name in sorted(found):
             match = WIRE_SIZE.search(name)
-            size = int(match[1]) if match else self.store.measure(path)
+            size = int(match[1]) if match else self.measure(name, found)
             if size is not None:
                 self.names.append(name)
-                self.paths.append(path)
+                self.paths.append(found[name])
                 self.sizes.append(size)
 
+    def measure(self, name: str, found: dict[str, str]) -> int | None:
+        """Return the size of a file whose name does not tell it, or None: it is not a message.
+
+        When another program renames the file, its path in `found` is put right.
+        """
+        for _ in range(FOLLOWS):
+            path = found[name]
+            if (size := self.store.measure(path)) is not None:
+                return size
+            found.update(self.scan())
+            if found[name] == path:
+                break
+        return None
+
     def scan(self) -> dict[str, str]:
-        """Return the paths of the files in new/ and cur/ by their names up to a `:`."""
-        found = {}
-        for sub in ("new", "cur"):  # in this order, so that a file moved meanwhile is seen
-            folder = f"{self.folder}/{sub}"
-            with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(folder):
-                    if name[0] != ".":
-                        found[name.partition(":")[0]] = f"{folder}/{name}"
+        """Return the paths of the files in new/ and cur/ by their names up to a `:`.
+
+        A listing can miss a file that is renamed meanwhile, and a client that synchronises by UIDL
+        would take it for deleted, so folders that have changed are listed again.
+        """
+        found: dict[str, str] = {}
+        before = None
+        for _ in range(FOLLOWS):
+            began, changed = time.time_ns(), []
+            for sub in ("new", "cur"):  # in this order, so that a file moved meanwhile is seen
+                folder = f"{self.folder}/{sub}"
+                with contextlib.suppress(FileNotFoundError):
+                    for name in os.listdir(folder):
+                        if name[0] != ".":
+                            found[name.partition(":")[0]] = f"{folder}/{name}"
+                    changed.append(os.stat(folder).st_mtime_ns)
+            if changed == before or max(changed, default=0) < began - CLOCK_TICK:
+                break
+            before = changed
         return found
 
     @functools.cached_property
@@ -1314,11 +1388,8 @@ class Maildrop:
         return [name if PLAIN_UID.fullmatch(name) else hash_of(name) for name in self.names]
 
     def find_again(self, indexes: Iterable[int]) -> list[int]:
-        """Look for files that another program has moved or flagged; return those that are there.
-
-        A listing can miss a file that is renamed at that moment; two in a row hardly do.
-        """
-        found = self.scan() | self.scan()
+        """Look for files that another program has moved or flagged; return those that are there."""
+        found = self.scan()
         present = [index for index in indexes if self.names[index] in found]
         for index in present:
             self.paths[index] = found[self.names[index]]
@@ -1358,6 +1429,9 @@ class Maildrop:
                 try:
                     os.unlink(self.paths[index])
                     folders.add(os.path.dirname(self.paths[index]))
+                    # A program that was killed while moving it to cur/ may have left it here, too.
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(f"{self.folder}/new/{self.names[index]}")
                 except FileNotFoundError:
                     moved.append(index)
                 except OSError as error:
@@ -1367,14 +1441,15 @@ class Maildrop:
             if not left:
                 break
         for folder in folders:
-            self.store.sync_folder(folder)
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed all of it
+                self.store.sync_folder(folder)
         return failed + len(left)
 
     def close(self) -> None:
         """Give the lock back."""
         if self.lock_fd is not None:
             fd, self.lock_fd = self.lock_fd, None
-            os.close(fd)
+            unlock(fd)
 
 
 def hash_of(text: str) -> str:
@@ -1394,14 +1469,14 @@ def newline_kinds(data: bytes) -> str | tuple[str, ...] | None:
     return decoder.newlines
 
 
-LINE_END = re.compile(rb"(?<!\r)\r+\n|\r|\n")  # looks at a run of CRs once
+LINE_ENDS = re.compile(rb"\r+\n?|\n")
 
 
 class LineEnds:
     """Turns every line end into CRLF, block by block.
 
-    CRs in front of an LF belong to it (some clients send CR CR LF); any other CR, and an LF alone,
-    is a line end as well, and counts as `bare`.
+    Up to MAX_HELD CRs in front of an LF belong to it (some clients send CR CR LF); any other CR,
+    and an LF alone, is a line end as well, and counts as `bare`.  Where blocks end does not matter.
     """
 
     def __init__(self) -> None:
@@ -1414,16 +1489,14 @@ class LineEnds:
             block = b"\r" * self.held + block
             self.held = 0
         if block.endswith(b"\r"):
-            stripped = block.rstrip(b"\r")
-            held = len(block) - len(stripped)
-            if held <= MAX_HELD:
-                block, self.held = stripped, held
+            self.held = min(len(block) - len(block.rstrip(b"\r")), MAX_HELD)
+            block = block[: -self.held]
         kinds = newline_kinds(block)
         if kinds in (None, "\r\n"):
             return block
         self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
         if "\r" in (kinds or ()):
-            return LINE_END.sub(b"\r\n", block)
+            return LINE_ENDS.sub(proper_line_ends, block)
         return block.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
 
     def end(self) -> bytes:
@@ -1431,6 +1504,14 @@ class LineEnds:
         held, self.held = self.held, 0
         self.bare += held
         return b"\r\n" * held
+
+
+def proper_line_ends(match: re.Match[bytes]) -> bytes:
+    """Return the CRLFs for a run of CRs with or without an LF, or for an LF alone."""
+    run = match[0]
+    if run.endswith(b"\n"):
+        return b"\r\n" * max(len(run) - MAX_HELD, 1)
+    return b"\r\n" * len(run)
 
 
 def to_crlf(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
@@ -1461,12 +1542,15 @@ def tolerant_policy() -> "EmailPolicy":
     import email.policy
 
     class TolerantPolicy(email.policy.EmailPolicy):
+        parse_fields = True  # as the parser builds a message it wants texts, and no more
+
         def header_fetch_parse(self, name: str, value: str) -> Any:
-            if len(value) <= LONG_FIELD:  # parsing takes time that grows with the square
+            if self.parse_fields and len(value) <= LONG_FIELD:
                 with contextlib.suppress(Exception):
                     return super().header_fetch_parse(name, value)
             text = " ".join(value.split())
-            return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            return text if self.parse_fields else text[:LONG_FIELD]
 
     return TolerantPolicy()
 
@@ -1476,13 +1560,19 @@ def parse_message(data: bytes) -> "EmailMessage":
     import email.message
     import email.parser
 
-    for headers_only in (False, True):
+    policy = tolerant_policy()
+    unparsed = policy.clone(parse_fields=False)  # type: ignore[call-arg]
+    # The parser compares each line with the boundaries of all parts that it is in.
+    comparisons = data.count(b"\n") * len(re.findall(rb"boundary", data, re.IGNORECASE))
+    for headers_only in (False, True) if comparisons < MAX_COMPARISONS else (True,):
         with contextlib.suppress(Exception):  # the package raises all kinds of them
-            parser = email.parser.BytesParser(policy=tolerant_policy())
+            parser = email.parser.BytesParser(policy=unparsed)
             message = parser.parse(io.BytesIO(data), headersonly=headers_only)  # CRLF becomes LF
             assert isinstance(message, email.message.EmailMessage)
+            for part in message.walk():
+                part.policy = policy
             return message
-    message = email.message.EmailMessage(tolerant_policy())
+    message = email.message.EmailMessage(policy)
     message.set_payload(data.decode("utf-8", "replace"))
     return message
 
@@ -1665,21 +1755,38 @@ def text_and_attachments(message: "EmailMessage") -> Iterator[str]:
     with contextlib.suppress(Exception):  # the package raises all kinds of them
         body = message.get_body(("plain", "html"))
     yield text_of(body or message)
-    for part in message.walk():
-        if part is not body and not part.is_multipart() and part is not message:
+    for part in leaves(message):
+        if part is body or part is message:
+            continue
+        kind = part.get_content_type()
+        if kind in ("message/delivery-status", "text/rfc822-headers"):
+            yield f"\n{text_of(part)}"
+        else:
             name = printable_header(str(part.get_filename("without a name")))
-            octets = len(part.get_payload(decode=True) or b"")
-            yield f"[attachment: {name}, {part.get_content_type()}, {octets} octets]"
+            octets = len(part.get_payload(decode=True) or bytes(part.get_payload(0)))
+            yield f"[attachment: {name}, {kind}, {octets} octets]"
+
+
+def leaves(part: Any) -> Iterator[Any]:
+    """Yield the parts of a message that are not multiparts; an attached message is one of them."""
+    if part.get_content_maintype() == "multipart" and part.is_multipart():
+        for inner in part.get_payload():
+            yield from leaves(inner)
+    else:
+        yield part
 
 
 def text_of(part: Any) -> str:
     """Return a part's text without control characters, as far as it can be decoded."""
-    content: object = ""
-    with contextlib.suppress(Exception):
-        content = part.get_content()
-    if not isinstance(content, str):
-        content = part.get_payload()
-    return printable(str(content).replace("\r\n", "\n").rstrip("\n"))
+    octets = part.get_payload(decode=True)
+    if octets is None:  # it consists of parts
+        content = "\n".join(map(str, part.get_payload()))
+    else:
+        try:
+            content = octets.decode(part.get_content_charset("utf-8"), "replace")
+        except LookupError:
+            content = octets.decode("utf-8", "replace")
+    return printable(content.replace("\r\n", "\n").rstrip("\n"))
 
 
 def wait_for_mail(store: Store, args: "Namespace") -> int:
@@ -1789,6 +1896,7 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
 
 def main(argv: list[str] | None = None) -> int:
     """Look at the spool from a shell; return the exit status."""
+    open_standard_descriptors()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
@@ -1797,7 +1905,11 @@ def main(argv: list[str] | None = None) -> int:
         store = None
         if args.command != "hash":
             store = Store(args.spool, users_file(args.users), read_only=True)
-        return COMMANDS[args.command][0](store, args)
+        if args.command not in ("hash", "wait"):  # mail, and its folder, may yet come
+            os.listdir(where)
+        status = COMMANDS[args.command][0](store, args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -1808,9 +1920,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         hint = " (no spool: has the server run here?)" if error.filename == where else ""
-        what = f"{error.filename or where}: {error.strerror}{hint}"
-        print(f"{program}: {what}", file=sys.stderr)
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"{program}: {name}{error.strerror}{hint}", file=sys.stderr)
         return 1
+
+
+def open_standard_descriptors() -> None:
+    """Open closed descriptors 0 to 2 on the null device: no other file must become stderr."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def users_file(named: str | None) -> str | dict[str, str]:

@@ -14,6 +14,7 @@ Read it in this order: `Routing`, `Relay.work`, `attempt`, `apply_outcomes`; the
 
 import contextlib
 import functools
+import io
 import itertools
 import logging
 import os
@@ -22,16 +23,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lineserver import (
+    CUT_TIMEOUT,
     MAX_LINE,
+    STOP_TIMEOUT,
     ClientTimeout,
     Disconnect,
     LineReader,
     check_option,
     clock,
     dot_stuff,
+    is_host_name,
     join,
     printable,
     show_address,
@@ -46,6 +50,7 @@ from store import (
     mail_date,
     new_id,
     to_crlf,
+    unlock,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +61,9 @@ MAX_HEADER = 1 << 16  # octets of a header that are looked into
 MAX_RETURNED = 1 << 20  # octets of a message that a report gives back whole
 ETRN_PAUSE = 1.0  # seconds between two tries that are asked for
 POLL_SECONDS = 1.0  # between two looks at the queue: other processes put mail into it, too
+CONNECT_TIMEOUT = 30  # seconds for a connection, which a stop can't cut
 FINAL_TIMEOUT = 600  # seconds for the reply to a message, RFC 5321 4.5.3.2.6
+MAX_TEXT_LINE = 998  # octets of a line of mail, RFC 5322 2.1.1
 MAX_REPLY_LINES = 200  # of a next host's reply; EHLO's are the longest
 
 # xtext (RFC 3461 4): what stands for printable ASCII.
@@ -131,12 +138,17 @@ def matches_node(node: str, domain: str) -> bool:
 
 def split_address(text: str, option: str) -> Host:
     """Read `host`, `host:port` or `[address]:port`; raise ValueError that quotes the option."""
-    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
-    if not match and text.count(":") > 1 and re.fullmatch("[0-9A-Fa-f:.]+", text):
+    if text.count(":") > 1 and re.fullmatch("[0-9A-Fa-f:.]+", text):
         return text, 25  # an IPv6 address without brackets
-    if not match or not 0 < int(match[3] or 25) < 65536:
-        raise ValueError(f"{printable(option)}: not HOST or HOST:PORT, with a port of 1 to 65535")
-    return match[1] or match[2], int(match[3] or 25)
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
+    if match and 0 < (port := int(match[3] or 25)) < 65536:
+        if match[1]:
+            return match[1], port
+        with contextlib.suppress(UnicodeError):  # a label that is empty or too long
+            host = match[2].encode("idna").decode()
+            if is_host_name(host):
+                return host, port
+    raise ValueError(f"{printable(option)}: not HOST or HOST:PORT, with a port of 1 to 65535")
 
 
 def as_routes(given: "dict[str, str] | list[str] | None") -> dict[str, str]:
@@ -178,6 +190,24 @@ class Outcome(NamedTuple):
 
 
 Outcomes = dict[str, Outcome]  # by address
+
+
+class UnreadableMessage(Exception):
+    """A message in the queue can't be read, which is not the next host's fault."""
+
+
+class MessageFile(io.FileIO):
+    """A queued message; reading it raises UnreadableMessage, where OSErrors are the network's."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        try:
+            return super().read(size) or b""
+        except OSError as error:
+            raise UnreadableMessage(error.strerror) from None
+
+    def size(self) -> int:
+        """Return its octets."""
+        return os.fstat(self.fileno()).st_size
 
 
 class Relay:
@@ -224,6 +254,7 @@ class Relay:
         self.timeout = timeout
         self.hosts_at_once = hosts_at_once
         self.entries: dict[str, QueueEntry] = {}  # the queue, by ID
+        self.unsaved: set[str] = set()  # IDs of entries that are not on disk as they are here
         self.active: dict[Host | None, threading.Thread] = {}  # by the host that each talks to
         self.clients: set[SMTP] = set()
         self.thread: threading.Thread | None = None
@@ -253,18 +284,19 @@ class Relay:
     def start(self) -> None:
         """Work on the queue in a thread, if there is any route, or mail from when there was one."""
         if self.thread is None and (self.routing.serves_node("#") or self.store.queue_names()):
-            self.thread = threading.Thread(target=self.work, daemon=True, name="relay")
-            self.thread.start()
+            thread = threading.Thread(target=self.work, daemon=True, name="relay")
+            thread.start()
+            self.thread = thread
 
     def begin_stop(self) -> None:
         """Begin nothing new."""
         self.stopping.set()
         self.store.queue_changed.set()
 
-    def stop(self, seconds: float = 2) -> None:
+    def stop(self, seconds: float = STOP_TIMEOUT) -> None:
         """Stop; a transaction under way gets `seconds` to end, otherwise it is tried again."""
         self.begin_stop()
-        deadline = clock() + seconds
+        deadline = clock() + max(seconds, CUT_TIMEOUT)
         join(filter(None, [self.thread]), deadline)  # first, for it may just be starting others
         join(list(self.active.values()), deadline)
         for client in list(self.clients):  # close() would wait for the thread that reads
@@ -272,7 +304,8 @@ class Relay:
                 client.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
         join(list(self.active.values()), clock() + 1)
         if self.queue_lock is not None:
-            os.close(self.queue_lock)
+            self.save_again()
+            unlock(self.queue_lock)
             self.queue_lock = None
 
     def work(self) -> None:
@@ -295,11 +328,9 @@ class Relay:
         with self.lock:
             for name in names - set(self.entries):
                 self.load_entry(name)
-            for gone in set(self.entries) - names:
+            self.save_again()
+            for gone in set(self.entries) - names - self.unsaved:
                 del self.entries[gone]
-            for entry in [entry for entry in self.entries.values() if not entry.recipients]:
-                with contextlib.suppress(OSError):  # its file still can't be removed
-                    self.dequeue(entry)
             for node in self.store.take_start_requests():
                 recipients = (entry.recipients for entry in self.entries.values())
                 for recipient in itertools.chain.from_iterable(recipients):
@@ -307,6 +338,17 @@ class Relay:
                         # At most one try per ETRN_PAUSE, however often ETRN is sent.
                         soon = recipient.last_try + ETRN_PAUSE
                         recipient.due = min(recipient.due, soon)
+
+    def save_again(self) -> None:
+        """Report and save what could not be reported or saved before."""
+        for name in list(self.unsaved):
+            if name not in self.entries:
+                self.unsaved.discard(name)
+                continue
+            try:
+                self.report_and_save(self.entries[name])
+            except OSError as error:
+                self.store.complain_once("%s can't be saved: %s", name, error)
 
     def load_entry(self, name: str) -> None:
         """Load one entry; one that can't be read now is logged once, and looked at again."""
@@ -320,6 +362,8 @@ class Relay:
                 # The clock may have been wrong: nothing waits longer than the longest pause.
                 wait = min(recipient.next_try - time.time(), self.longest_pause)
                 recipient.due = clock() + max(wait, 0)
+                if recipient.report_due:
+                    self.unsaved.add(name)
             self.entries[name] = entry
 
     def send_what_is_due(self) -> float:
@@ -330,7 +374,7 @@ class Relay:
             for entry in sorted(self.entries.values(), key=lambda entry: entry.arrival_time):
                 for recipient in entry.recipients:
                     host = self.routing.next_host(recipient.domain)
-                    if host in self.active:
+                    if host in self.active or recipient.done:
                         continue
                     if recipient.due > now:
                         soonest = min(soonest, recipient.due - now)
@@ -374,26 +418,40 @@ class Relay:
             self.store.queue_changed.set()
 
     def attempt(self, host: Host, entry: QueueEntry, recipients: Recipients) -> Outcome | None:
-        """Try one message; return the outcome when the host can't be talked to at all."""
+        """Try one message, over a connection of its own.
+
+        Returns the outcome when the host can't be talked to at all, and None otherwise.
+        """
         outcomes: Outcomes = {}
         client = lost = None
         try:
-            client = self.connect(host)
-            if not self.stopping.is_set():
-                self.transact(client, entry, recipients, outcomes)
+            with self.open_message(entry.id) as file:
+                client = self.connect(host)
+                if not self.stopping.is_set():
+                    self.transact(client, entry, file, recipients, outcomes)
+        except UnreadableMessage as error:
+            lost = Outcome("delayed", "4.3.0", f"the message can't be read: {error}")
         except OSError as error:  # smtplib's are OSErrors, too
             why = reply_in(error) or printable(f"{show_address(*host)}: {error}")[:400]
             lost = Outcome("delayed", "4.4.2" if client else "4.4.1", why)
-            if not self.stopping.is_set():  # a stop is no attempt
-                for address in addresses(recipients):
-                    outcomes.setdefault(address, lost)
+        if lost and not self.stopping.is_set():  # a stop is no attempt
+            for address in addresses(recipients):
+                outcomes.setdefault(address, lost)
+        try:
+            self.apply_outcomes(host, entry, recipients, outcomes)
         finally:
-            try:
-                self.apply_outcomes(host, entry, recipients, outcomes)
-            finally:
-                if client:
-                    self.leave(client)
-        return None if client else lost
+            if client and lost:
+                self.drop(client)
+            elif client:
+                self.leave(client)
+        return lost if lost and lost.status == "4.4.1" else None
+
+    def open_message(self, name: str) -> "MessageFile":
+        """Open a queued message; raise UnreadableMessage."""
+        try:
+            return MessageFile(f"{self.store.queue_folder}/{name}")
+        except OSError as error:
+            raise UnreadableMessage(error.strerror) from None
 
     def apply_outcomes(
         self, host: Host | None, entry: QueueEntry, recipients: Recipients, outcomes: Outcomes
@@ -405,82 +463,83 @@ class Relay:
         tried = [recipient for recipient in recipients if recipient.address in outcomes]
         if not tried:
             return
-        now, age = clock(), entry.age()
+        now, wall_clock, age = clock(), time.time(), entry.age()
         with self.lock:
             for recipient in tried:
-                self.record_outcome(recipient, outcomes[recipient.address], host, now, age)
+                outcome = outcomes[recipient.address]
+                self.record_outcome(recipient, outcome, host, age)
+                if not recipient.done:
+                    pause = self.pause_after(recipient, age)
+                    recipient.due, recipient.next_try = now + pause, wall_clock + pause
+                recipient.last_try = now
                 where = show_address(*host) if host else "nowhere"
                 log_values = entry.id, recipient.address, where, recipient.action
                 self.log.info("%s to <%s> via %s: %s (%s)", *log_values, recipient.diagnostic)
-            entry.recipients = [r for r in entry.recipients if r.action != "relayed"]
-            if self.store.entry(entry.id) is None:
-                return  # somebody has removed it from the queue meanwhile
-            self.report_or_retry(entry, [r for r in tried if r.report_due])
-            entry.recipients = [r for r in entry.recipients if r.action != "failed"]
-            if entry.recipients:
-                self.store.save_entry(entry)
-            else:
-                self.dequeue(entry)
+            self.report_and_save(entry)
 
     def record_outcome(
-        self,
-        recipient: QueuedRecipient,
-        outcome: Outcome,
-        host: Host | None,
-        now: float,
-        age: float,
+        self, recipient: QueuedRecipient, outcome: Outcome, host: Host | None, age: float
     ) -> None:
-        """Write an outcome into a recipient's record, with when to try again and what to report.
-
-        Recipients that were tried together get the same time, and are tried together again: one
-        transaction for one host.
-        """
+        """Write an outcome into a recipient's record, and whether the sender gets a report."""
         recipient.action, recipient.status, recipient.diagnostic = outcome[:3]
         recipient.remote = remote_name(host[0]) if host else ""
         recipient.attempts += 1
-        recipient.last_try = now
-        recipient.report_due = False
-        if outcome.action == "relayed":
-            recipient.report_due = recipient.wants("SUCCESS") and not outcome.dsn
-        elif outcome.action == "failed":
-            recipient.report_due = recipient.wants("FAILURE")
-        elif age >= self.lifetime:
+        if outcome.action == "delayed" and age >= self.lifetime:
             recipient.action, recipient.status = "failed", "5.4.7"
+        if recipient.action == "relayed":
+            recipient.report_due = recipient.wants("SUCCESS") and not outcome.dsn
+        elif recipient.action == "failed":
             recipient.report_due = recipient.wants("FAILURE")
-        else:
-            pause = self.first_pause * 2 ** min(recipient.attempts - 1, 30)
-            pause = min(pause, self.longest_pause, max(self.lifetime - age, 0.01))
-            delay(recipient, now, pause)
-            if recipient.wants("DELAY") and not recipient.warned and age >= self.warn_after:
-                recipient.warned = recipient.report_due = True
+        elif recipient.wants("DELAY") and not recipient.warned and age >= self.warn_after:
+            recipient.warned = recipient.report_due = True
 
-    def report_or_retry(self, entry: QueueEntry, recipients: Recipients) -> None:
-        """Report; a failure that can't be reported, on a full disk, stays queued and is retried."""
-        try:
-            if recipients:
-                self.report(entry, recipients, f"{self.store.queue_folder}/{entry.id}")
-        except OSError:
-            for recipient in recipients:
-                if recipient.action == "failed":
-                    recipient.action = "delayed"
-                    delay(recipient, clock(), self.first_pause)
+    def pause_after(self, recipient: QueuedRecipient, age: float) -> float:
+        """Return how long a recipient waits after an attempt.
 
-    def dequeue(self, entry: QueueEntry) -> None:
-        """Remove a message without recipients.
-
-        If its file can't be removed, the entry stays in memory, so that it is not sent again, and
-        refresh_queue() tries again.
+        Those that were tried together wait equally, and are tried together again: one transaction
+        for one host.
         """
-        self.store.dequeue(entry.id)
-        self.entries.pop(entry.id, None)
+        pause: float = self.first_pause * 2 ** min(recipient.attempts - 1, 30)
+        return min(pause, self.longest_pause, max(self.lifetime - age, 0.01))
+
+    def report_and_save(self, entry: QueueEntry) -> None:
+        """Report what is due, then put the entry on disk as it is now, or remove it.
+
+        What fails is tried again by refresh_queue(): until then the entry stays in memory, and
+        nobody who is done is sent to again.  Raises OSError when the entry can't be saved.
+        """
+        self.unsaved.add(entry.id)
+        if entry.recipients and self.store.entry(entry.id) is None:
+            self.unsaved.discard(entry.id)  # somebody has removed it from the queue meanwhile
+            return
+        due = [recipient for recipient in entry.recipients if recipient.report_due]
+        with contextlib.suppress(OSError):  # which is logged
+            if due:
+                self.report(entry, due, f"{self.store.queue_folder}/{entry.id}")
+            for recipient in due:
+                recipient.report_due = False
+        entry.recipients = [r for r in entry.recipients if r.report_due or not r.done]
+        if entry.recipients:
+            self.store.save_entry(entry)
+        else:
+            self.store.dequeue(entry.id)
+            self.entries.pop(entry.id, None)
+        if not any(recipient.report_due for recipient in entry.recipients):
+            self.unsaved.discard(entry.id)
 
     # ---- the client session
 
     def connect(self, host: Host, tls: bool = True) -> "SMTP":
         """Return a client that has said EHLO, over TLS when the host offers it; raise OSError."""
-        client: SMTP = client_class()(*host, local_hostname=self.hostname, timeout=self.timeout)
-        self.clients.add(client)
+        import smtplib
+
+        client: SMTP = client_class()(local_hostname=self.hostname, timeout=self.timeout)
+        client._host = host[0]  # type: ignore[attr-defined]  # which TLS tells the next host
+        self.clients.add(client)  # before it waits for the greeting, so that stop() can cut it
         try:
+            code, text = client.connect(*host)
+            if code != 220:
+                raise smtplib.SMTPConnectError(code, text)
             with contextlib.suppress(PermissionError):
                 # A message's end, a small packet of its own, must not wait for the next host's
                 # delayed acknowledgement.
@@ -537,20 +596,27 @@ class Relay:
         self.clients.discard(client)
 
     def transact(
-        self, client: "SMTP", entry: QueueEntry, recipients: Recipients, outcomes: Outcomes
+        self,
+        client: "SMTP",
+        entry: QueueEntry,
+        file: MessageFile,
+        recipients: Recipients,
+        outcomes: Outcomes,
     ) -> None:
         """Carry out one mail transaction; write each recipient's outcome as soon as it is known."""
         dsn = client.has_extn("dsn")
         client.command_encoding = "utf-8"
         if "SMTPUTF8" in entry.parameters and not client.has_extn("smtputf8"):
-            outcomes.update(self.needing_utf8(entry, recipients, dsn))
+            header = file.read(MAX_HEADER).partition(b"\r\n\r\n")[0]
+            file.seek(0)
+            outcomes.update(needing_utf8(entry.sender, header, recipients, dsn))
             recipients = [r for r in recipients if r.address not in outcomes]
             if not recipients:
                 return
         eight_bit = (entry.parameters.get("BODY") or "").upper() == "8BITMIME"
         if eight_bit and not client.has_extn("8bitmime"):
             self.log.warning("%s: sent as it is to a host without 8BITMIME", entry.id)
-        options = self.mail_options(client, entry)
+        options = mail_options(client, entry, file.size())  # with our Received
         code, text = client.docmd("MAIL", f"FROM:<{entry.sender}>{options}")
         if code // 100 != 2:
             refused = Outcome.from_reply(code, text)
@@ -562,66 +628,35 @@ class Relay:
             if code // 100 == 2:
                 accepted.append(r.address)
             else:
-                outcomes[r.address] = Outcome.from_reply(rcpt_code(code, text), text)
+                refused = Outcome.from_reply(code, text)
+                if too_many_recipients(code, text):
+                    refused = refused._replace(action="delayed", status="4.5.3")
+                outcomes[r.address] = refused
         if accepted:
-            outcome = Outcome.from_reply(*self.send_content(client, entry.id), dsn)
+            outcome = Outcome.from_reply(*self.send_content(client, file), dsn)
             outcomes.update(dict.fromkeys(accepted, outcome))
 
-    def needing_utf8(
-        self, entry: QueueEntry, recipients: Recipients, dsn: bool
-    ) -> dict[str, Outcome]:
-        """Return the failures of those who can't be reached without SMTPUTF8 (RFC 6531 3.2)."""
-        with self.store.queued_message(entry.id) as file:
-            plain = file.read(MAX_HEADER).partition(b"\r\n\r\n")[0].isascii()
-        failures = {}
-        for r in recipients:
-            if not (entry.sender + r.address + (rcpt_options(r) if dsn else "")).isascii():
-                why = "5.6.7", "the next host does not take addresses that are not ASCII"
-            elif not plain:
-                why = "5.6.9", "the next host does not take header fields that are not ASCII"
-            else:
-                continue
-            failures[r.address] = Outcome("failed", *why)
-        return failures
-
-    def send_content(self, client: "SMTP", name: str) -> tuple[int, bytes]:
-        """Send DATA and a queued message; return the reply, also one that comes too early."""
-        with self.store.queued_message(name) as file:
-            code, text = client.docmd("DATA")
-            if code // 100 == 2:
-                # A 2yz reply to DATA is a protocol error: no message was sent, none was accepted.
-                raise ConnectionError(f"answered DATA with {code} {text.decode(errors='replace')}")
-            if code != 354:
-                return code, text
-            try:
-                for block in dot_stuff(to_crlf(file.read, READ_BLOCK)):
-                    client.sock.sendall(block)  # type: ignore[union-attr]
-                client.sock.sendall(b".\r\n")  # type: ignore[union-attr]
-            except OSError:  # the host may have said why it hung up; only a refusal can be meant
-                code, text = client.getreply()
-                if code // 100 not in (4, 5):
-                    raise
-                return code, text
+    def send_content(self, client: "SMTP", file: MessageFile) -> tuple[int, bytes]:
+        """Send DATA and the message; return the reply, also one that comes too early."""
+        code, text = client.docmd("DATA")
+        if code // 100 == 2:
+            # A 2yz reply to DATA is a protocol error: no message was sent, none was accepted.
+            raise ConnectionError(f"answered DATA with {code} {text.decode(errors='replace')}")
+        if code != 354:
+            return code, text
+        try:
+            for block in itertools.chain(dot_stuff(to_crlf(file.read, READ_BLOCK)), [b".\r\n"]):
+                client.sock.sendall(block)  # type: ignore[union-attr]
+        except OSError:  # the host may have said why it hung up; only a refusal can be meant
+            code, text = client.getreply()
+            if code // 100 not in (4, 5):
+                raise
+            return code, text
         client.timeout = min(self.timeout * 10, max(self.timeout, FINAL_TIMEOUT))
         try:
             return client.getreply()
         finally:
             client.timeout = self.timeout
-
-    def mail_options(self, client: "SMTP", entry: QueueEntry) -> str:
-        """Return MAIL's parameters, as the client gave them, those that the next host offers."""
-        parameters, offered = entry.parameters, client.has_extn
-        size = os.path.getsize(f"{self.store.queue_folder}/{entry.id}")  # with our Received
-        options = f" SIZE={size}" if offered("size") else ""
-        options += (
-            f" BODY={parameters['BODY']}" if parameters.get("BODY") and offered("8bitmime") else ""
-        )
-        options += " SMTPUTF8" if "SMTPUTF8" in parameters and offered("smtputf8") else ""
-        for name in ("RET", "ENVID"):
-            options += (
-                f" {name}={parameters[name]}" if name in parameters and offered("dsn") else ""
-            )
-        return options
 
     # ---- delivery reports
 
@@ -635,15 +670,34 @@ class Relay:
             return
         name = new_id()
         try:
-            original = b""
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                original = file.read(MAX_RETURNED + 1)
-            received = (b"\n" + original).find(b"\nReceived: ")
-            original = original[max(received, 0) :]  # whose mailbox it was is not for senders
-            self.inject(name, entry.sender, build_report(self, name, entry, recipients, original))
+            original, whole = self.returned_part(entry, recipients, path)
+            report = build_report(self, name, entry, recipients, original, whole)
+            self.inject(name, entry.sender, report)
         except OSError as error:
-            self.log.error("no report to <%s> about %s: %s", entry.sender, entry.id, error)
+            self.store.complain_once(
+                "no report to <%s> about %s: %s", entry.sender, entry.id, error
+            )
             raise
+
+    def returned_part(
+        self, entry: QueueEntry, recipients: Recipients, path: str
+    ) -> tuple[bytes, bool]:
+        """Return what a report gives back of the message in a file, and whether that is all of it.
+
+        Only of a failed message, and unless the sender wants the header alone (RFC 3461 4.3).
+        """
+        failed = any(recipient.action == "failed" for recipient in recipients)
+        whole = failed and (entry.parameters.get("RET") or "FULL").upper() == "FULL"
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = MAX_RETURNED if whole else MAX_HEADER
+                original = file.read(size)
+                whole = whole and not file.read(1)
+        except FileNotFoundError:
+            return b"", False
+        received = (b"\n" + original).find(b"\nReceived: ")
+        original = original[max(received, 0) :]  # whose mailbox it was is not for senders
+        return original if whole else original.partition(b"\r\n\r\n")[0] + b"\r\n", whole
 
     def inject(self, name: str, recipient: str, text: bytes) -> None:
         """Send a report from the null sender: to a mailbox, along a route, or nowhere."""
@@ -674,12 +728,11 @@ def client_class() -> "type[SMTP]":
     class Client(smtplib.SMTP):
         reader: LineReader | None = None
 
-        def connect(self, *args: Any) -> tuple[int, bytes]:
-            try:
-                return super().connect(*args)
-            except BaseException:
-                self.close()
-                raise
+        def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+            sock: socket.socket = super()._get_socket(  # type: ignore[misc]
+                host, port, min(timeout, CONNECT_TIMEOUT)
+            )
+            return sock
 
         def getreply(self) -> tuple[int, bytes]:
             if self.reader is None or self.reader.sock is not self.sock:  # TLS is a new socket
@@ -726,19 +779,37 @@ def reply_in(error: OSError) -> str | None:
     return Outcome.from_reply(code, text).diagnostic if isinstance(text, bytes) else None
 
 
-def rcpt_code(code: int, text: bytes) -> int:
-    """Return the code of a refused RCPT: 552 is temporary when it means too many recipients.
+def too_many_recipients(code: int, text: bytes) -> bool:
+    """Say whether a refused RCPT means that there are too many: RFC 5321 4.5.3.1.10 has 552 for it.
 
-    (RFC 5321 4.5.3.1.10.)  With another enhanced code, such as for a full mailbox, it is not.
+    With another enhanced code, such as for a full mailbox, it does not.
     """
     enhanced = re.match(rb"[245]\.([0-9]+\.[0-9]+)", text)
-    return 452 if code == 552 and (not enhanced or enhanced[1] == b"5.3") else code
+    return code == 552 and (not enhanced or enhanced[1] == b"5.3")
 
 
-def delay(recipient: QueuedRecipient, now: float, seconds: float) -> None:
-    """Let a recipient be tried again some seconds after `now`, a time of our clock()."""
-    recipient.due = now + seconds
-    recipient.next_try = time.time() + seconds
+def needing_utf8(sender: str, header: bytes, recipients: Recipients, dsn: bool) -> Outcomes:
+    """Return the failures of those who can't be reached without SMTPUTF8 (RFC 6531 3.2)."""
+    failures = {}
+    for r in recipients:
+        if not (sender + r.address + (rcpt_options(r) if dsn else "")).isascii():
+            why = "5.6.7", "the next host does not take addresses that are not ASCII"
+        elif not header.isascii():
+            why = "5.6.9", "the next host does not take header fields that are not ASCII"
+        else:
+            continue
+        failures[r.address] = Outcome("failed", *why)
+    return failures
+
+
+def mail_options(client: "SMTP", entry: QueueEntry, size: int) -> str:
+    """Return MAIL's parameters, as the client gave them, those that the next host offers."""
+    parameters, offered = entry.parameters, client.has_extn
+    options = f" SIZE={size}" if offered("size") else ""
+    for name, extension in (("BODY", "8bitmime"), ("RET", "dsn"), ("ENVID", "dsn")):
+        if parameters.get(name) and offered(extension):
+            options += f" {name}={parameters[name]}"
+    return options + " SMTPUTF8" * ("SMTPUTF8" in parameters and offered("smtputf8"))
 
 
 def addresses(recipients: Iterable[QueuedRecipient]) -> list[str]:
@@ -763,13 +834,13 @@ def rcpt_options(recipient: QueuedRecipient) -> str:
 
 
 def build_report(
-    relay: Relay, name: str, entry: QueueEntry, recipients: Recipients, original: bytes
+    relay: Relay, name: str, entry: QueueEntry, recipients: Recipients, original: bytes, whole: bool
 ) -> bytes:
-    """Return a delivery report (RFC 3462, 3464) on some recipients of one message."""
-    header, _, _ = original.partition(b"\r\n\r\n")
+    """Return a delivery report (RFC 3462, 3464) on some recipients of one message.
+
+    `original` is what it gives back: the `whole` message, or its header.
+    """
     actions = {recipient.action for recipient in recipients}
-    full = (entry.parameters.get("RET") or "FULL").upper() == "FULL"
-    whole = "failed" in actions and full and len(original) <= MAX_RETURNED
     titles = {
         "failed": "could not be delivered",
         "delayed": "is delayed",
@@ -790,15 +861,19 @@ def build_report(
         "Content-Transfer-Encoding: 8bit",
         f"\r\n--{boundary}\r\nContent-Type: text/plain; charset=utf-8",
         "Content-Transfer-Encoding: 8bit\r\n",
-        *explain(relay, entry, recipients, title),
+        *map(cut, explain(relay, entry, recipients, title)),
         f"\r\n--{boundary}\r\nContent-Type: message/delivery-status\r\n",
-        *status_fields(relay, entry, recipients),
+        *map(cut, status_fields(relay, entry, recipients)),
         f"\r\n--{boundary}",
         f"Content-Type: {'message/rfc822' if whole else 'text/rfc822-headers'}",
         "Content-Transfer-Encoding: 8bit\r\n\r\n",
     ]
-    returned = original if whole else header + b"\r\n"
-    return "\r\n".join(lines).encode() + returned + f"\r\n--{boundary}--\r\n".encode()
+    return "\r\n".join(lines).encode() + original + f"\r\n--{boundary}--\r\n".encode()
+
+
+def cut(line: str) -> str:
+    """Return what of a line is not too long for mail (RFC 5322 2.1.1)."""
+    return line.encode()[:MAX_TEXT_LINE].decode(errors="ignore")
 
 
 def explain(relay: Relay, entry: QueueEntry, recipients: Recipients, title: str) -> list[str]:

@@ -1068,10 +1068,6 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def queued_message(self, name: str) -> io.FileIO:
-        """Open one queued message."""
-        return open(f"{self.queue_folder}/{name}", "rb", buffering=0)
-
     def save_entry(self, entry: "QueueEntry") -> None:
         """Put a changed entry in place of the old one, durably."""
         with contextlib.closing(Delivery(self, [])) as delivery:
@@ -1200,6 +1196,11 @@ class QueuedRecipient:
     def domain(self) -> str:
         """The domain in its canonical form."""
         return canonical(self.address.rpartition("@")[2])
+
+    @property
+    def done(self) -> bool:
+        """Whether the last attempt settled it: there is nothing more to send, only to report."""
+        return self.action in ("relayed", "failed")
 
     def wants(self, event: str) -> bool:
         """Say whether a report about SUCCESS, FAILURE or DELAY is wanted; unasked: FAILURE."""

@@ -315,11 +315,11 @@ AFAR = "192.0.2.1"  # an address of documentation: nobody's
 
 def test_failed_logins_get_slower_and_are_blocked():
     """By client address and account; a good login, and time, let failures be forgotten."""
-    throttle = LoginThrottle(0.25)
+    throttle = LoginThrottle()
 
     def fail(host, account):
         seconds = throttle.begin(host, account)
-        return seconds or throttle.delay(host, account)
+        return seconds or throttle.delay(host, account, 0.25)
 
     assert [fail(AFAR, "alice") for _ in range(6)] == [0.25, 0.5, 1, 2, 2, 2]
     assert fail(AFAR, "bob") == fail("192.0.2.2", "alice") == 0.25
@@ -331,7 +331,7 @@ def test_failed_logins_get_slower_and_are_blocked():
 def test_failures_are_forgotten_one_by_one(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("lineserver.clock", lambda: now[0])
-    throttle = LoginThrottle(0)
+    throttle = LoginThrottle()
     for _ in range(20):
         assert throttle.begin(AFAR, "alice") == 0.0
         now[0] += 10

@@ -83,7 +83,7 @@ def test_wait_ends_in_time_while_other_mail_comes(store, monkeypatch, deliver):
     monkeypatch.setattr("store.clock", lambda: float(next(clock)))
     monkeypatch.setattr(store, "paths", lambda address: [*real(address), deliver()])
     with pytest.raises(
-        TimeoutError, match=r"waited 9 s for 1 message that match; there are .* messages: .*'hi'"
+        TimeoutError, match=r"waited 9 s for 1 message that matches; there are .* messages: .*'hi'"
     ):
         store.wait("alice@example.test", timeout=9, match=lambda message: False)
 

@@ -208,7 +208,7 @@ def test_what_others_say_stays_on_its_line():
     recipient.action, recipient.status = "failed", "5.0.0"
     recipient.diagnostic, recipient.remote = "550 no", "b.example"
     entry = QueueEntry("ABC", "alice@a.example", {"ENVID": "x+0D+0AEvil:+20yes"}, [recipient])
-    text = build_report(relay, "R1", entry, [recipient], b"Subject: x\r\n\r\ny\r\n")
+    text = build_report(relay, "R1", entry, [recipient], b"Subject: x\r\n\r\ny\r\n", True)
     report = email.message_from_bytes(text, policy=email.policy.default)
     about, one = fields(report)
     assert "Evil" not in about

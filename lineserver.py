@@ -447,17 +447,16 @@ class LineHandler(socketserver.BaseRequestHandler):
         One that is longer than `limit` octets is read to its end; then Refused is raised.
         """
         line = self.reader.readline(limit, self.server.timeout)
-        bare_lf = not line.endswith(b"\r\n")
-        if bare_lf and not line.endswith(b"\n"):
-            self.reader.skip_line(self.server.timeout)
-            self.trace("C", f"({limit} octets and more without a line end)")
-            self.bare_lf = bool(self.bare_lf)  # the first line is over: CRLF it is
-            raise Refused(self.replies["long answer" if secret else "long"])
+        too_long = not line.endswith(b"\n")
         if self.bare_lf is None:
-            self.bare_lf = bare_lf
-        text = line[: -1 if bare_lf else -2].decode("utf-8", "surrogateescape")
+            self.bare_lf = not too_long and not line.endswith(b"\r\n")
+        text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")
         if self.server.trace:
-            self.trace("C", "****" if secret else self.masked(text))
+            shown = "****" if secret else self.masked(text)
+            self.trace("C", f"({limit} octets and more without a line end)" if too_long else shown)
+        if too_long:
+            self.reader.skip_line(self.server.timeout)
+            raise Refused(self.replies["long answer" if secret else "long"])
         return text
 
     def masked(self, line: str) -> str:
@@ -704,13 +703,14 @@ class LoginHandler(LineHandler):
                 self.mask_unknown = False
             return "****" if self.mask_unknown else line
         self.mask_unknown = True
-        words, verb = line.split(), login[1].upper()
-        if verb == "USER" or words == [login[1]]:
+        if login[1].upper() == "USER":
             return line
-        mechanism = words[0].upper() == "AUTH" and words[1].upper() in self.mechanisms
-        name = words[0].upper() == "APOP" and len(words) > 2
-        shown = words[:2] if mechanism or name else [login[1]]
-        return " ".join([*shown, *["****"] * (len(words) > len(shown))])
+        first, *words = line.split()
+        name = first.upper() == "APOP" and len(words) > 1
+        mechanism = first.upper() == "AUTH" and "".join(words[:1]).upper() in self.mechanisms
+        harmless = words[:1] if name or mechanism else []
+        shown = " ".join([login[1], *harmless])
+        return shown if shown == line.strip() else f"{shown} ****"
 
     def check_password(self, name: str, password: bytes) -> str | None:
         """Return the account that name and password open; a hash waits for its turn."""

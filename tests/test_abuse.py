@@ -21,6 +21,13 @@ from pop3d_simple import POP3Server
 from smtpd_simple import SMTPHandler, SMTPServer
 from store import Maildrop
 
+
+def memory_of(pid):
+    """Return a process's resident memory in KiB."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+
 needs_proc = pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="there is no /proc here"
 )
@@ -97,11 +104,7 @@ SLOW = {  # what a session has sent and goes on to send: never more than 256 KiB
 @needs_proc
 @pytest.mark.parametrize("what", SLOW)
 def test_memory_of_sessions_that_send_slowly(program, what):
-    def resident():
-        with open(f"/proc/{program.process.pid}/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
-
-    before, clients = resident(), []
+    before, clients = memory_of(program.process.pid), []
     for _ in range(120):
         client = Line("127.0.0.1", program.ports["SMTP"])
         client.send(TO_ALICE + SLOW[what])
@@ -109,7 +112,7 @@ def test_memory_of_sessions_that_send_slowly(program, what):
     for client in clients:
         while not client.readline().startswith(("354", "250 2.0.0", "452")):
             pass
-    assert (resident() - before) / len(clients) < 256
+    assert (memory_of(program.process.pid) - before) / len(clients) < 256
     for client in clients:
         client.close()
 
@@ -483,3 +486,85 @@ def test_the_fuzzer_for_a_moment():
         timeout=100,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_block_counts_at_every_listener(smtp, pop3, monkeypatch):
+    monkeypatch.setattr("lineserver.is_loopback", lambda host: False)
+    for _ in range(5):
+        with Line(smtp.host, smtp.port) as client:
+            client.reply()
+            client.ask("EHLO x")
+            for _ in range(4):
+                assert client.ask("AUTH PLAIN AGFsaWNlAHdyb25n")[:3] in ("535", "454")
+    assert log_in(pop3, "alice", "wonderland").startswith("-ERR [SYS/TEMP]")
+    assert log_in(pop3, "bob", "builder").startswith("+OK")
+
+
+def test_a_long_first_line_makes_no_session_of_bare_lf(smtp, store):
+    """Only a first line that ends in LF alone does: what follows it can't end data with LF.LF."""
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        assert client.ask("x" * 5000).startswith("500")
+        client.send(b"EHLO x\n")
+        client.reply()
+        for command in ("MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+            client.ask(command)
+        client.send(b"Subject: x\r\n\r\none\n.\nRSET\r\n.\r\n")
+        assert client.reply().startswith("250 2.0.0 Ok: queued")
+    assert "RSET" in store.messages("alice@example.test")[0].get_content()
+
+
+@pytest.mark.parametrize("password", ["my HTTP/ word", "GET / HTTP/1.1"])
+def test_a_password_that_looks_like_http(store, pop3, password):
+    store.change_account("carol@example.test", password)
+    assert log_in(pop3, "carol", password).startswith("+OK")
+
+
+def test_replies_have_at_most_512_octets(smtp):
+    address = "\u0101" * 30 + "@" + ".".join(["\u0101" * 20] * 6) + ".test"
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        for command in ("EHLO x", f"MAIL FROM:<{address}> SMTPUTF8", f"RCPT TO:<{address}>"):
+            assert max(map(len, client.ask(command).split("\n"))) <= 510
+        client.ask("RSET")
+        assert len(client.ask(f"ETRN {address.partition('@')[2]}")) <= 510
+
+
+@needs_proc
+def test_thousands_of_header_lines_need_no_memory(tmp_path):
+    """Of 50 sessions at once, whose messages are nothing but header lines."""
+    with Program("--port", 0, "--spool", tmp_path / "spool", "--no-sync") as program:
+        before = memory_of(program.process.pid)
+        clients = []
+        for _ in range(50):
+            client = Line(program.host, program.port)
+            client.reply()
+            for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+                client.ask(command)
+            client.send(b"a:\r\n" * 30_000)
+            clients.append(client)
+        for client in clients:
+            client.send(b".\r\n")
+            assert client.reply().startswith("250")
+        assert memory_of(program.process.pid) - before < 20_000
+        for client in clients:
+            client.close()
+
+
+@needs_proc
+def test_a_list_with_many_members_is_not_kept_for_each_recipient(tmp_path):
+    users = tmp_path / "users.txt"
+    names = [f"user{n}@example.test" for n in range(500)]
+    lines = [f"{name}:x\n" for name in names]
+    users.write_text("".join(lines) + f"all@example.test = {', '.join(names)}\n")
+    with Program("--port", 0, "--spool", tmp_path / "spool", "--users", users) as program:
+        before = memory_of(program.process.pid)
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(Line(program.host, program.port))
+                client.reply()
+                client.ask("EHLO x")
+                client.ask("MAIL FROM:<>")
+                client.send("RCPT TO:<all@example.test>\r\n" * 1000)
+                assert [client.reply()[:3] for _ in range(1000)] == ["250"] * 1000
+            assert (memory_of(program.process.pid) - before) / 20 < 400

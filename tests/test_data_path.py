@@ -401,3 +401,34 @@ def test_too_large_is_read_to_its_end(store, monkeypatch):
         assert client.ask("NOOP").startswith("250")
     assert len(store.paths("alice@example.test")) == 1
     assert os.listdir(f"{store.mailbox('alice@example.test')}/tmp") == []
+
+
+CR_RUNS = [1, 2, 3, 999, 1000, 1001, 3000]
+
+
+@pytest.mark.parametrize("behind", [b"\n", b"x", b""])
+@pytest.mark.parametrize("count", CR_RUNS)
+def test_a_run_of_crs_wherever_blocks_end(count, behind):
+    """Up to a thousand belong to the LF behind them; each other one ends a line."""
+    lines = count if behind != b"\n" else max(count - 1000, 0) + 1
+    wanted = b"a" + b"\r\n" * lines + behind.strip(b"\n")
+    data = b"a" + b"\r" * count + behind
+    for size in (0, 1, 700, 1000, 1001):
+        line_ends = LineEnds()
+        assert b"".join(map(line_ends.feed, pieces(data, size))) + line_ends.end() == wanted, size
+
+
+def test_the_size_that_list_shows_is_what_retr_sends(store, pop3):
+    """Also where a block ends inside a run of CRs; retrieve() compares them."""
+    store.make_folder(store.mailbox("alice@example.test"))
+    content = b"a" * ((1 << 17) - 1500) + b"\r" * 3000 + b"\nend\n" + b"z" * 70000
+    with open(f"{store.mailbox('alice@example.test')}/new/1.foreign", "wb") as file:
+        file.write(content)
+    assert retrieve(pop3).endswith(b"\r\nend\r\n" + b"z" * 70000 + b"\r\n")
+
+
+def test_a_million_crs_hold_up_nobody(smtp, store):
+    """In time that grows with their number, not with its square: this would take minutes."""
+    assert send(smtp, b"\r" * 1_000_000 + b"x\r\n").startswith("250")
+    [path] = store.paths("alice@example.test")
+    assert os.path.getsize(path) > 2_000_000

@@ -18,7 +18,7 @@ from helpers import ROOT, USERS, send
 
 from pop3d_simple import POP3Server
 from smtpd_simple import Disconnect, SMTPServer
-from store import Store
+from store import Store, new_id
 
 
 def send_something_to(address, host, port):
@@ -301,3 +301,90 @@ def test_pythons_mailbox_reads_the_spool(store, smtp):
         send(smtp, f"Subject: {n}\r\n\r\nhello\r\n".encode())
     box = mailbox.Maildir(store.mailbox("alice@example.test"), create=False)
     assert sorted(message["Subject"] for message in box) == ["0", "1", "2"]
+
+
+def test_order_of_arrival_before_the_year_2001(store, deliver, monkeypatch):
+    """When seconds since 1970 had a digit less."""
+    import store as module
+
+    monkeypatch.setattr(module, "last_time", [0])
+    monkeypatch.setattr(module.time, "time_ns", lambda: 946_684_800 * 10**9)
+    deliver(b"Subject: first\r\n\r\n")
+    monkeypatch.undo()
+    deliver(b"Subject: second\r\n\r\n")
+    assert [m["subject"] for m in store.messages("alice@example.test")] == ["first", "second"]
+
+
+def test_queue_ids_are_unique_while_the_clock_stands_still(monkeypatch):
+    monkeypatch.setattr("store.time.time_ns", lambda: 1)
+    assert len({new_id() for _ in range(10_000)}) == 10_000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
+def test_a_forked_child_keeps_no_lock_and_no_connection(store, pop3, deliver):
+    deliver()
+    asleep, wake = os.pipe()
+    pid = 0
+    try:
+        with Line(pop3.host, pop3.port) as client:
+            client.readline()
+            client.ask("USER alice")
+            assert client.ask("PASS wonderland").startswith("+OK")
+            pid = os.fork()
+            if not pid:
+                os.close(wake)
+                os.read(asleep, 1)
+                os._exit(0)
+            assert client.ask("QUIT").startswith("+OK")
+            assert client.file.read() == b""
+        with Line(pop3.host, pop3.port) as client:
+            client.readline()
+            client.ask("USER alice")
+            assert client.ask("PASS wonderland").startswith("+OK")
+    finally:
+        os.close(wake)
+        os.close(asleep)
+        if pid:
+            os.waitpid(pid, 0)
+
+
+HOSTILE = {
+    "comments in comments": b"".join(
+        [
+            b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n",
+            *[b"--b\r\nContent-Type: " + b"(a)" * 3300 + b"\r\n\r\nx\r\n"] * 50,
+        ]
+    ),
+    "many parts in one another": b"".join(
+        b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (n, n) for n in range(150)
+    )
+    + b"\r\n" * 1_000_000,
+    "a quoted word without end": b'Content-Type: a; b="' + b";" * 1_000_000 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_waiting_for_a_hostile_message_ends(deliver, store, kind):
+    """Parsing each of them in full would take from twenty seconds to hours."""
+    deliver(HOSTILE[kind])
+    [message] = store.wait("alice@example.test", match=lambda message: True)
+    assert message["content-type"]
+    assert list(message.walk())
+
+
+def test_on_message_that_hangs_up_loses_nothing(store):
+    """The client gets no 250, and everything that it sent is there all the same."""
+
+    def hang_up(envelope, path):
+        raise Disconnect
+
+    with (
+        SMTPServer(("127.0.0.1", 0), store, relay="127.0.0.1:1", on_message=hang_up) as smtp,
+        smtplib.SMTP(smtp.host, smtp.port) as client,
+    ):
+        client.login("alice", "wonderland")
+        with pytest.raises(smtplib.SMTPServerDisconnected):
+            client.sendmail("a@b.test", ["bob@example.test", "x@far.test"], "Subject: x\r\n\r\n")
+    assert len(store.messages("bob@example.test")) == 1
+    [entry] = store.queued()
+    assert os.path.exists(f"{store.queue_folder}/{entry.id}")

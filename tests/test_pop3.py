@@ -440,3 +440,83 @@ def test_a_message_that_is_moved_while_we_look_is_there_once(pop3, store, three)
     assert len(client.uidl()[1]) == 3
     assert sorted(line.split()[0] for line in client.list()[1]) == [b"1", b"2", b"3"]
     client.quit()
+
+
+def test_messages_that_others_remove_end_no_session(store, pop3, deliver):
+    """Not the client's error, however many: it can still say QUIT, and what it marked is deleted."""
+    paths = [deliver() for _ in range(30)]
+    with Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask("USER alice")
+        client.ask("PASS wonderland")
+        client.ask("DELE 1")
+        for path in paths[1:]:
+            os.unlink(path)
+        for n in range(2, 31):
+            assert client.ask(f"RETR {n}").startswith(f"-ERR message {n} is gone")
+        assert client.ask("QUIT").startswith("+OK")
+    assert store.paths("alice@example.test") == []
+
+
+def test_a_message_that_cannot_be_read(store, pop3, deliver, monkeypatch):
+    """It is refused before +OK; behind that there is no way to say so."""
+    deliver(b"Subject: x\r\n\r\n" + b"long\r\n" * 100_000)
+    real, path = os.read, store.paths("alice@example.test")[0]
+
+    def read(fd, size):
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd, size)
+
+    with Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask("USER alice")
+        client.ask("PASS wonderland")
+        monkeypatch.setattr(os, "read", read)
+        for _ in range(25):
+            assert client.ask("RETR 1").startswith("-ERR [SYS/TEMP]")
+        assert client.ask("NOOP") == "+OK"
+
+
+@pytest.mark.parametrize("name", ["1.foreign", "1.M1P1Q1.host,S=26,W=26"])
+def test_a_message_that_is_flagged_while_the_mailbox_is_opened(store, pop3, monkeypatch, name):
+    """Another program renames it behind the listing, and then from where the listing has it."""
+    folder, real, moves = (
+        store.mailbox("alice@example.test"),
+        os.listdir,
+        ["cur/{}:2,S", "cur/{}:2,"],
+    )
+    store.make_folder(folder)
+    path = [f"{folder}/new/{name}"]
+    with open(path[0], "wb") as file:
+        file.write(b"Subject: hi\r\n\r\nhello\r\n")
+
+    def listdir(where):
+        found = real(where)
+        if str(where).startswith(folder) and moves:
+            os.rename(path[0], f"{folder}/{moves[-1].format(name)}")
+            path[0] = f"{folder}/{moves.pop().format(name)}"
+        return found
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    client = poplib.POP3(pop3.host, pop3.port)
+    client.user("alice")
+    client.pass_("wonderland")
+    assert client.stat()[0] == 1
+    assert b"".join(client.retr(1)[1]) == b"Subject: hihello"
+    client.dele(1)
+    client.quit()
+    assert store.paths("alice@example.test") == []
+
+
+def test_a_message_that_a_crash_has_left_twice(store, pop3, deliver):
+    """A mover that links and then unlinks was killed: one message, and it goes whole."""
+    path = deliver()
+    os.link(path, path.replace("/new/", "/cur/") + ":2,S")
+    client = poplib.POP3(pop3.host, pop3.port)
+    client.user("alice")
+    client.pass_("wonderland")
+    assert client.stat()[0] == 1
+    client.dele(1)
+    client.quit()
+    assert store.paths("alice@example.test") == []

@@ -1172,3 +1172,99 @@ def test_a_message_that_cannot_be_reported_stays_queued(stores, monkeypatch):
         assert empty(stores[0])
     assert report.get_payload(1).get_payload()[1]["Status"] == "5.1.1"
     assert not failing
+
+
+@pytest.mark.parametrize("host", ["a..b", ".", "x" * 64 + ".test", "b\u00fccher..x", "a b", "a\0b"])
+def test_a_name_that_no_host_can_have_is_no_route(stores, host):
+    with pytest.raises(ValueError, match="route far"):
+        SMTPServer(("127.0.0.1", 0), stores[0], route={"far.test": f"{host}:25"})
+
+
+def test_a_next_host_is_named_in_ascii():
+    relay = Relay(None, "x", "b\u00fccher.test:25")
+    assert relay.routing.next_host("far.test") == ("xn--bcher-kva.test", 25)
+
+
+@pytest.mark.parametrize("method", ["save_entry", "dequeue"])
+def test_a_success_is_reported_when_there_is_room_again(stores, monkeypatch, method):
+    """One recipient is served, and neither the report nor the entry can be written just then."""
+    real, failing = Relay.inject, [True] * 2
+
+    def inject(*args):
+        if failing:
+            failing.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    real_method, failing_too = getattr(stores[0], method), [True]
+
+    def fail(*args):
+        if failing_too:
+            failing_too.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_method(*args)
+
+    monkeypatch.setattr(Relay, "inject", inject)
+    monkeypatch.setattr(stores[0], method, fail)
+    hook = Intercept()
+    options = {"intercept": lambda *said: hide_dsn(*said) or hook(*said)}
+    with pair(stores, b_options=options) as (a, _):
+        send_mail(a, ["bob@b.example"], rcpt_options=["NOTIFY=SUCCESS"])
+        [report] = stores[0].wait("alice@a.example")
+        assert empty(stores[0])
+    assert report.get_payload(1).get_payload()[1]["Action"] == "relayed"
+    assert len(stores[1].messages("bob@b.example")) == 1
+    assert not failing
+    assert not failing_too
+
+
+def hide_dsn(session, verb, argument):
+    """Refuse EHLO, as a host without DSN, whose success the relay has to report itself."""
+    return "500 what?" if verb == "EHLO" else None
+
+
+def test_a_message_that_cannot_be_read_is_not_the_hosts_fault(stores):
+    hook = Intercept()
+    with pair(stores, {"first_pause": 1000}, {"intercept": hook}) as (a, _):
+        a.relay.stopping.set()
+        a.relay.thread.join()
+    send_to_queue(stores[0])
+    [entry] = stores[0].queued()
+    path = f"{stores[0].queue_folder}/{entry.id}"
+    os.unlink(path)
+    os.mkdir(path)
+    with pair(stores, {"first_pause": 1000}, {"intercept": hook}):
+        until_tried(stores[0])
+    [recipient] = stores[0].queued()[0].recipients
+    assert recipient.status == "4.3.0"
+    assert str(stores[0].folder) not in recipient.diagnostic
+    assert hook.seen == []
+
+
+def send_to_queue(store):
+    """Put a message for bob@b.example into a queue that nobody works on."""
+    with SMTPServer(("127.0.0.1", 0), store, relay="127.0.0.1:1", timeout=5) as a:
+        a.relay.begin_stop()
+        send_mail(a, ["bob@b.example"])
+
+
+def test_a_stop_lets_a_transaction_end(stores):
+    """It has as long as a session has: who cuts it sends the message twice."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(session, verb, argument):
+        if verb == ".":
+            begun.set()
+            go_on.wait(10)
+
+    with pair(stores, {**FAST, "timeout": 20}, {"intercept": slow}) as (a, _):
+        send_mail(a, ["bob@b.example"])
+        assert begun.wait(10)
+        stopper = threading.Thread(target=a.stop)
+        stopper.start()
+        stopper.join(2.5)
+        assert stopper.is_alive()
+        go_on.set()
+        stopper.join()
+    assert len(stores[1].messages("bob@b.example")) == 1
+    assert stores[0].queued() == []

@@ -275,3 +275,15 @@ def test_success_is_reported_to_strangers_along_an_explicit_route_only(stores, w
             assert len(stores[0].queued()) + len(stores[1].messages("bob@b.example")) == wanted
             assert empty(stores[0])
             assert len(stores[1].messages("bob@b.example")) == wanted
+
+
+def test_no_line_is_longer_than_mail_may_have():
+    relay = Relay(None, "a.example")
+    recipient = QueuedRecipient("\u0101" * 60 + "@b.example", orcpt="utf-8;" + "\U0001f600" * 500)
+    recipient.action, recipient.status, recipient.remote = "failed", "5.0.0", "b.example"
+    recipient.diagnostic = "550 " + '"e\u00e9\U0001f600' * 400
+    entry = QueueEntry("ABC", "alice@a.example", {}, [recipient])
+    text = build_report(relay, "R1", entry, [recipient], b"Subject: x\r\n\r\ny\r\n", True)
+    assert max(map(len, text.split(b"\r\n"))) <= 998
+    _, one = fields(email.message_from_bytes(text, policy=email.policy.default))
+    assert one["Final-Recipient"].endswith("@b.example")

@@ -65,6 +65,12 @@ SECRETS = {  # what a client sends: what is shown
     "AUTH PLAIN\tAGFsaWNlAHdvbmRlcmxhbmQ=": "AUTH PLAIN ****",
     " AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=": "AUTH PLAIN ****",
     "AUTH LOGIN d29uZGVybGFuZA==": "AUTH LOGIN ****",
+    "AUTH=PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=": "AUTH ****",
+    "AUTH\0PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=": "AUTH ****",
+    "PASS wonderland": "PASS ****",
+    "pass\twonderland": "pass ****",
+    "PASS\0wonderland": "PASS ****",
+    "APOP wonderland": "APOP ****",
 }
 
 
@@ -96,6 +102,33 @@ def test_no_password_of_pop3(pop3, timeline):
         for line in ("PASS\twonderland", "USER alice", "PASS wonder land", "APOP alice 0123"):
             client.ask(line)
     assert timeline.said("C") == ["PASS ****", "USER alice", "PASS ****", "APOP alice ****"]
+
+
+BROKEN_LOGINS = ["AUTH\tLOGIN", " AUTH LOGIN", "AUTH=LOGIN", "auth what", "USER alice"]
+
+
+@pytest.mark.parametrize("line", [*BROKEN_LOGINS, "AUTH LOGIN " + "x" * 5000])
+def test_no_password_behind_a_broken_login(smtp, pop3, timeline, line):
+    for server, known in ((smtp, "NOOP"), (pop3, "UTF8")):
+        with Line(server.host, server.port) as client:
+            client.reply()
+            for text in (line, "d29uZGVybGFuZA==", "wonderland", known, "what now"):
+                client.ask(text)
+        assert timeline.said("C")[-4:] == ["****", "****", known, "what now"]
+
+
+def test_no_password_that_a_hook_asks_for(store, timeline):
+    def ask(session, verb, argument):
+        return "334 UGFzc3dvcmQ6" if verb == "AUTH" else None
+
+    with (
+        SMTPServer(("127.0.0.1", 0), store, trace=Trace(timeline), intercept=ask) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
+        client.reply()
+        client.ask("AUTH LOGIN")
+        client.ask("d29uZGVybGFuZA==")
+    assert timeline.said("C") == ["AUTH LOGIN", "****"]
 
 
 def test_data_is_shown_as_it_is_on_the_wire(smtp, pop3, timeline):

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import threading
 import time
 
 import pytest
@@ -314,3 +315,17 @@ def test_a_catch_all_by_option(tmp_path):
     with pytest.raises(UsersError, match=r"catch_all: nobody@a\.test is neither"):
         store.set_catch_all("nobody@a.test")
     assert store.users.mailboxes("anything@else.test") == ["bob@b.test"]
+
+
+def test_a_reload_waits_until_the_file_is_written(tmp_path):
+    """A signal may come while it is: half a file must not refuse known users."""
+    path = tmp_path / "users.txt"
+    path.write_text("alice@a.test:one\nbob@a.test:two\n")
+    store = Store(tmp_path / "spool", path)
+    path.write_text("alice@a.test:one\n")
+    reload = threading.Thread(target=store.reload_users)
+    reload.start()
+    path.write_text("alice@a.test:one\nbob@a.test:two\ncarol@a.test:three\n")
+    while reload.is_alive():
+        assert store.users.mailboxes("bob@a.test")
+    assert store.users.mailboxes("carol@a.test")

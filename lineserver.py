@@ -63,7 +63,7 @@ SPARE_THREADS = 32  # threads without a session that are kept
 STOP_TIMEOUT = 6  # seconds that sessions have to end when the server stops
 CUT_TIMEOUT = 0.5  # seconds that they have once their connections are cut
 SHORTAGE_PAUSE = 0.1  # seconds before accept() is tried again when the system is out of something
-SEND_BLOCK = 1 << 15  # octets collected before they are sent
+SEND_BLOCK = 1 << 16  # octets collected before they are sent
 FIRST_BLOCK = 1 << 15  # octets of a message read at first: most are smaller
 
 END_OF_DATA = b"\r\n.\r\n"
@@ -598,6 +598,8 @@ class LineHandler(socketserver.BaseRequestHandler):
 class Accounts(Protocol):
     """What a LoginHandler asks of the accounts (store.Users)."""
 
+    takes_digests: bool
+
     def login_address(self, name: str) -> str | None: ...
     def check_password(self, name: str, password: bytes, turn: Turn) -> str | None: ...
     def check_digest(self, name: str, answer: Answer, digest: str) -> str | None: ...
@@ -672,7 +674,10 @@ class LoginHandler(LineHandler):
         return self.log_in(name, check)
 
     def sasl_login(self, initial: str | None) -> str:
-        name = self.initial_response(initial, b"Username:").decode("utf-8", "replace")
+        octets = self.initial_response(initial, b"Username:")
+        name = octets.decode("utf-8", "surrogateescape")
+        if not name.isprintable():  # a name that was not encoded, and is base64 by accident
+            raise Refused(self.replies["base64"])
         password = self.ask(b"Password:")
         return self.log_in(name, lambda: self.check_password(name, password))
 
@@ -711,6 +716,10 @@ class LoginHandler(LineHandler):
         harmless = words[:1] if name or mechanism else []
         shown = " ".join([login[1], *harmless])
         return shown if shown == line.strip() else f"{shown} ****"
+
+    def offered(self) -> list[str]:
+        """Return the mechanisms to log in with; where all passwords are hashes no digest is."""
+        return [m for m in self.mechanisms if m != "CRAM-MD5" or self.users.takes_digests]
 
     def check_password(self, name: str, password: bytes) -> str | None:
         """Return the account that name and password open; a hash waits for its turn."""

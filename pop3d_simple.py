@@ -107,7 +107,7 @@ class POP3Handler(LoginHandler):
         "long": "-ERR the line is too long",
         "long answer": "-ERR the answer is too long",
         "disk": "-ERR [SYS/TEMP] disk failure, try again later",
-        "mechanism": "-ERR unknown mechanism; AUTH alone lists them",
+        "mechanism": "-ERR unknown mechanism; write AUTH LOGIN",
         "cancelled": "-ERR login cancelled",
         "base64": "-ERR not base64; send the output of: printf 'your text' | base64",
         "plain": "-ERR send the output of: printf '\\0name\\0password' | base64",
@@ -151,33 +151,33 @@ class POP3Handler(LoginHandler):
             raise Refused("-ERR log in first: USER name, then PASS password")
         if verb not in self.commands and verb in self.authorization:
             raise Refused("-ERR you are logged in already; QUIT ends the session")
-
-    def no_argument(self, argument: str) -> None:
-        if argument:
+        if argument and verb in self.without_argument:
             raise Refused("-ERR this command takes no argument")
 
     # ---- both states
 
     def capa(self, argument: str) -> Reply:
-        self.no_argument(argument)
         words = ["TOP", "UIDL", "RESP-CODES", "AUTH-RESP-CODE", "PIPELINING"]
         words += ["EXPIRE NEVER", "LOGIN-DELAY 0", "UTF8 USER"]
         if self.server.tls and not self.tls and not self.maildrop:
             words.append("STLS")
         if self.may_log_in():
-            words += ["USER", f"SASL {' '.join(self.mechanisms)}"]
+            words += ["USER", f"SASL {' '.join(self.offered())}"]
         return ["+OK", *words, f"IMPLEMENTATION pop3d_simple-{VERSION}", "."]
 
     def help(self, argument: str) -> Reply:
         """List the commands of this state; no RFC has it, a class needs it."""
-        self.no_argument(argument)
+        if argument:
+            text = self.help_texts.get(argument.upper())
+            if not text:
+                raise Refused("-ERR no such command; HELP lists them")
+            return f"+OK {text}"
         lines = [self.help_texts[verb] for verb in self.commands if verb in self.help_texts]
         return ["+OK the commands that make sense now:", *lines, "."]
 
     # ---- AUTHORIZATION
 
     def stls(self, argument: str) -> Reply:
-        self.no_argument(argument)
         if self.tls:
             raise Refused("-ERR the session is encrypted already")
         if not self.server.tls:
@@ -187,7 +187,6 @@ class POP3Handler(LoginHandler):
         return None
 
     def utf8(self, argument: str) -> Reply:
-        self.no_argument(argument)
         return "+OK UTF-8 headers are sent as they are"
 
     def user_(self, argument: str) -> Reply:
@@ -223,7 +222,7 @@ class POP3Handler(LoginHandler):
 
     def auth(self, argument: str) -> Reply:
         if not argument:
-            return ["+OK", *(self.mechanisms if self.may_log_in() else []), "."]
+            return ["+OK", *(self.offered() if self.may_log_in() else []), "."]
         self.require_secure_line()
         mechanism, _, initial = argument.partition(" ")
         return self.open_maildrop(self.sasl(mechanism, initial.strip() or None))
@@ -242,7 +241,6 @@ class POP3Handler(LoginHandler):
         return f"+OK {self.summary()}"
 
     def quit_authorization(self, argument: str) -> Reply:
-        self.no_argument(argument)
         raise Quit("quit", "+OK good bye")
 
     # ---- TRANSACTION
@@ -269,7 +267,6 @@ class POP3Handler(LoginHandler):
         return index
 
     def stat(self, argument: str) -> Reply:
-        self.no_argument(argument)
         return "+OK {} {}".format(*self.totals())
 
     def list_(self, argument: str) -> Reply:
@@ -336,17 +333,14 @@ class POP3Handler(LoginHandler):
         return f"+OK message {index + 1} will be deleted at QUIT"
 
     def rset(self, argument: str) -> Reply:
-        self.no_argument(argument)
         self.deleted.clear()
         return f"+OK {self.summary()}"
 
     def noop(self, argument: str) -> Reply:
-        self.no_argument(argument)
         return "+OK"
 
     def quit_transaction(self, argument: str) -> Reply:
         """Enter the UPDATE state: the only place where messages are deleted (RFC 1939 6)."""
-        self.no_argument(argument)
         left, _ = self.totals()
         try:
             failed = self.drop.remove(sorted(self.deleted))
@@ -383,6 +377,7 @@ class POP3Handler(LoginHandler):
         "HELP": help,
         "QUIT": quit_transaction,
     }
+    without_argument = {"CAPA", "STLS", "UTF8", "STAT", "RSET", "NOOP", "QUIT"}
     help_texts = {
         "USER": "USER alice        who you are",
         "PASS": "PASS wonderland   the password; opens the mailbox",

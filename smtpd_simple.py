@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lineserver import (
     STOP_TIMEOUT,
+    ClientTimeout,
     Disconnect,
     Limits,
     LineServer,
@@ -342,6 +343,7 @@ class SMTPHandler(LoginHandler):
         "busy": "421 4.7.0 Too many sessions, try again later",
         "stopping": "421 4.3.2 The server is stopping",
         "timeout": "421 4.4.2 Timeout, closing the connection",
+        "no dot": "421 4.4.2 Timeout: no line with only a dot has ended the message",
         "internal error": "421 4.3.0 Internal error; see the server's log",
         "errors": "421 4.7.0 Too many errors, closing the connection",
         "logins": "421 4.7.0 Too many failed logins, closing the connection",
@@ -351,7 +353,7 @@ class SMTPHandler(LoginHandler):
         "long answer": "500 5.5.6 The answer is too long",
         "disk": "451 4.3.0 Disk failure, try again later",
         "full": "452 4.3.1 The disk is full, try again later",
-        "mechanism": "504 5.5.4 Unknown mechanism; EHLO shows which there are",
+        "mechanism": "504 5.5.4 Unknown mechanism; write AUTH LOGIN",
         "cancelled": "501 5.7.0 Login cancelled",
         "base64": "501 5.5.2 Not base64. Send the output of: printf 'your text' | base64",
         "plain": "501 5.5.2 Send the output of: printf '\\0name\\0password' | base64",
@@ -449,7 +451,7 @@ class SMTPHandler(LoginHandler):
         if server.tls and not self.tls:
             words.append("STARTTLS")
         if self.may_log_in():
-            words += [f"AUTH {' '.join(self.mechanisms)}", "AUTH=LOGIN PLAIN"]
+            words += [f"AUTH {' '.join(self.offered())}", "AUTH=LOGIN PLAIN"]
         words += ["ENHANCEDSTATUSCODES", "8BITMIME", "SMTPUTF8", "CHUNKING", "DSN"]
         return [*words, limits, "EXPN", "HELP"]
 
@@ -536,7 +538,8 @@ class SMTPHandler(LoginHandler):
         """Read `FROM:<path>` or `TO:<path>`; return the address and what follows."""
         name, colon, rest = argument.partition(":")
         if not colon or name.rstrip(" ").upper() != word:
-            raise Refused(f"501 5.5.4 Write {word}:<name@domain>")
+            verb = "MAIL" if word == "FROM" else "RCPT"
+            raise Refused(f"501 5.5.4 Write {verb} {word}:<name@domain>")
         try:
             return parse_path(rest)
         except ValueError as error:
@@ -582,6 +585,8 @@ class SMTPHandler(LoginHandler):
                 content.add(block)
                 del block  # waiting for the next one may take minutes
             return self.finish_content(envelope, content)
+        except ClientTimeout:
+            raise Disconnect("timed out", self.replies["no dot"]) from None
         finally:
             self.reset()
 
@@ -889,7 +894,11 @@ class SMTPHandler(LoginHandler):
     help_texts = {
         "HELO": ("HELO your.host.name", "say who you are, without extensions; EHLO is better"),
         "EHLO": ("EHLO your.host.name", "say who you are and see what this server can do"),
-        "STARTTLS": ("STARTTLS", "encrypt the session; then EHLO again"),
+        "STARTTLS": (
+            "STARTTLS",
+            "encrypt the session; then EHLO again",
+            "nobody can by hand: use openssl s_client -starttls smtp -connect host:port",
+        ),
         "AUTH": ("AUTH LOGIN", "log in; name and password are asked for, in base64"),
         "MAIL": ("MAIL FROM:<you@example.test>", "begin a message: who sends it (<> is nobody)"),
         "RCPT": ("RCPT TO:<alice@example.test>", "who shall get it; once for each recipient"),

@@ -199,7 +199,8 @@ class Users:
         # each login.
         self.verified: dict[str, bytes] = {}
         self.verified_key = os.urandom(32)
-        self.hashed = any(text.startswith("{SCRYPT}") for text in self.passwords.values())
+        hashes = [text.startswith("{SCRYPT}") for text in self.passwords.values()]
+        self.hashed, self.takes_digests = any(hashes), not all(hashes)
 
     def add_account(self, where: str, name: str, password: str) -> None:
         if name.startswith("*"):
@@ -1461,7 +1462,7 @@ def hash_of(text: str) -> str:
 
 
 def newline_kinds(data: bytes) -> str | tuple[str, ...] | None:
-    r"""Return which of "\n", "\r" and "\r\n" end lines: None, one, or a tuple of several.
+    r"""Return which of "\n", "\r" and "\r\n" end lines: None, one, or in this order, a tuple.
 
     The decoder of universal newlines looks at each octet once, four times as fast as counting.
     """
@@ -1492,13 +1493,17 @@ class LineEnds:
         if block.endswith(b"\r"):
             self.held = min(len(block) - len(block.rstrip(b"\r")), MAX_HELD)
             block = block[: -self.held]
-        kinds = newline_kinds(block)
-        if kinds in (None, "\r\n"):
+        if block.find(b"\r") < 0:
+            proper = block.replace(b"\n", b"\r\n")
+        elif (kinds := newline_kinds(block)) == "\r\n":
             return block
-        self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
-        if "\r" in (kinds or ()):
+        elif kinds == ("\n", "\r\n"):
+            proper = block.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        else:
+            self.bare += block.count(b"\n") + block.count(b"\r") - 2 * block.count(b"\r\n")
             return LINE_ENDS.sub(proper_line_ends, block)
-        return block.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        self.bare += len(proper) - len(block)
+        return proper
 
     def end(self) -> bytes:
         """Return what is still held back."""
@@ -1887,7 +1892,8 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
         parser.error(f"{args.command} is not a command")
     _, counts, usage = COMMANDS[args.command]
     if len(args.words) not in counts:
-        parser.error(f"usage: {args.command} {usage}")
+        words = re.match(r"\[?[A-Z][A-Z \]]*(?=:)", usage)
+        parser.error(f"write {args.command} {words[0] if words else ''}".rstrip())
     args.address, number = (*args.words, None, None)[:2]
     if number and not (number.isascii() and number.isdigit()):
         parser.error(f"{number} is not a message's number")

@@ -16,7 +16,6 @@ maildrop of a session is a `Maildrop` of store.py, a snapshot under an exclusive
 """
 
 import functools
-import itertools
 import os
 import re
 import sys
@@ -304,22 +303,23 @@ class POP3Handler(LoginHandler):
             raise Refused(f"-ERR message {index + 1} {what}", ours=True) from None
         try:
             blocks = to_crlf(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
-            first = next(blocks, b"")  # that a file can't be read has to be said before +OK
+            stuffed = dot_stuff(blocks if lines is None else top(blocks, lines))
+            first = next(stuffed, b"")  # that a file can't be read has to be said before +OK
             self.reply(reply.format(octets))
-            blocks = itertools.chain([first], blocks)
-            self.send_blocks(dot_stuff(blocks if lines is None else top(blocks, lines)))
+            self.send_blocks(first, stuffed)
         finally:
             os.close(fd)
         return None
 
-    def send_blocks(self, blocks: Iterator[bytes]) -> None:
+    def send_blocks(self, block: bytes, others: Iterator[bytes]) -> None:
         """Send the content of a multi-line reply, and its end."""
         trace = self.trace_data("S")
         try:
-            for block in blocks:
+            while block:
                 if trace:
                     trace.feed(block)
                 self.write(block)
+                block = next(others, b"")
         except OSError as error:  # in the middle of a message there is no way to say so
             raise Disconnect(f"a message can't be read on: {error}") from None
         self.write(b".\r\n")

@@ -863,8 +863,10 @@ class Store:
 
         Whoever made them may have failed to, or may be about to: a message is not safe before.
         """
+        if not self.sync or folder in self.durable:
+            return
         parent = os.path.dirname(folder)
-        if self.sync and folder not in self.durable and folder != parent:
+        if folder != parent:
             self.make_durable(parent)
             self.sync_folder(parent)
             self.durable.add(folder)

@@ -62,7 +62,6 @@ SETTLE_SECONDS = 0.5  # for which a changed users file must have stayed the same
 POLL_SECONDS = 0.1  # between two looks at a mailbox into which another process may deliver
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MiB of memory and some 40 ms a hash
 FOLLOWS = 20  # times that a file is looked for which another program renames again and again
-CLOCK_TICK = 20_000_000  # nanoseconds: a folder's time of change is no more precise
 MAX_MEASURED = 200_000  # files whose sizes are remembered, some 300 octets of memory each
 LONG_FIELD = 4000  # characters beyond which a header field is not parsed: time grows squared
 MAX_COMPARISONS = 10_000_000  # of lines with boundaries, a second's work; else parts stay text
@@ -1359,31 +1358,20 @@ class Maildrop:
             path = found[name]
             if (size := self.store.measure(path)) is not None:
                 return size
-            found.update(self.scan())
+            found.update(self.scan() | self.scan())
             if found[name] == path:
                 break
         return None
 
     def scan(self) -> dict[str, str]:
-        """Return the paths of the files in new/ and cur/ by their names up to a `:`.
-
-        A listing can miss a file that is renamed meanwhile, and a client that synchronises by UIDL
-        would take it for deleted, so folders that have changed are listed again.
-        """
-        found: dict[str, str] = {}
-        before = None
-        for _ in range(FOLLOWS):
-            began, changed = time.time_ns(), []
-            for sub in ("new", "cur"):  # in this order, so that a file moved meanwhile is seen
-                folder = f"{self.folder}/{sub}"
-                with contextlib.suppress(FileNotFoundError):
-                    for name in os.listdir(folder):
-                        if name[0] != ".":
-                            found[name.partition(":")[0]] = f"{folder}/{name}"
-                    changed.append(os.stat(folder).st_mtime_ns)
-            if changed == before or max(changed, default=0) < began - CLOCK_TICK:
-                break
-            before = changed
+        """Return the paths of the files in new/ and cur/ by their names up to a `:`."""
+        found = {}
+        for sub in ("new", "cur"):  # in this order, so that a file moved meanwhile is seen
+            folder = f"{self.folder}/{sub}"
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(folder):
+                    if name[0] != ".":
+                        found[name.partition(":")[0]] = f"{folder}/{name}"
         return found
 
     @functools.cached_property
@@ -1392,8 +1380,11 @@ class Maildrop:
         return [name if PLAIN_UID.fullmatch(name) else hash_of(name) for name in self.names]
 
     def find_again(self, indexes: Iterable[int]) -> list[int]:
-        """Look for files that another program has moved or flagged; return those that are there."""
-        found = self.scan()
+        """Look for files that another program has moved or flagged; return those that are there.
+
+        A listing can miss a file that is renamed at that moment; two in a row hardly do.
+        """
+        found = self.scan() | self.scan()
         present = [index for index in indexes if self.names[index] in found]
         for index in present:
             self.paths[index] = found[self.names[index]]

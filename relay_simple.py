@@ -576,6 +576,8 @@ class Relay:
         where = show_address(*host)
         try:
             client.starttls(context=context)
+            if client.sock.version() is None:  # type: ignore[union-attr]
+                raise ConnectionError("cut")  # before the handshake, which ssl does not tell
         except smtplib.SMTPResponseException as error:  # RFC 3207 4: we may go on without
             self.log.warning("relay to %s: in clear: %s", where, reply_in(error))
             return True

@@ -10,6 +10,7 @@ import smtplib
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from email.message import EmailMessage
@@ -21,7 +22,7 @@ from helpers import ROOT, Program, send
 
 from pop3d_simple import main as pop3_main
 from smtpd_simple import main as smtp_main
-from store import Store, show_list
+from store import Delivery, Store, Target, show_list
 from store import main as store_main
 
 
@@ -630,3 +631,72 @@ def test_wait_and_clear(tmp_path, users, call, deliver):
     assert call("store.py", "list", "alice") == (0, "", "")
     status, out, _ = call("store.py")
     assert (status, "commands:" in out) == (2, True)
+
+
+def test_wait_begins_before_there_is_a_spool(tmp_path, users, call):
+    """A script starts the server in the background, and waits at once."""
+
+    def deliver_later():
+        store = Store(tmp_path / "spool", users)
+        target = Target(store.mailbox("alice@example.test"), b"")
+        delivery = Delivery(store, [target])
+        delivery.write(b"Subject: late\r\n\r\nx\r\n")
+        delivery.commit()
+
+    timer = threading.Timer(0.2, deliver_later)
+    timer.start()
+    status, out, error = call("store.py", "wait", "alice")
+    timer.join()
+    assert (status, error) == (0, "")
+    assert out.endswith("\tlate\n")
+
+
+def test_show_text_without_a_charset(deliver, call, users):
+    """As telnet sends it: UTF-8."""
+    deliver("Subject: x\r\n\r\nGr\u00fc\u00dfe, \u4f60\u597d\r\n".encode())
+    assert call("store.py", "show", "alice", 1)[1].endswith("\nGr\u00fc\u00dfe, \u4f60\u597d\n")
+
+
+def test_show_a_delivery_report(deliver, call, users):
+    """What the report is about is text for people, too."""
+    part = "--b\r\nContent-Type: {}\r\n\r\n{}\r\n"
+    deliver(
+        b"Content-Type: multipart/report; boundary=b\r\n\r\n"
+        + "".join(
+            [
+                part.format("text/plain", "It could not be delivered."),
+                part.format(
+                    "message/delivery-status", "Reporting-MTA: dns; x\r\n\r\nStatus: 5.1.1"
+                ),
+                part.format("text/rfc822-headers", "Subject: the lost one"),
+                part.format("message/rfc822", "Subject: inside\r\n\r\ntext"),
+                "--b--\r\n",
+            ]
+        ).encode()
+    )
+    _, shown, _ = call("store.py", "show", "alice", 1)
+    for text in ("not be delivered", "Status: 5.1.1", "Subject: the lost one", "message/rfc822"):
+        assert text in shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", ">/dev/full"])
+def test_store_py_without_standard_descriptors(tmp_path, users, deliver, closed):
+    deliver()
+    command = f"exec {sys.executable} {ROOT}/store.py list alice {closed}"
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
+    if closed == ">/dev/full":
+        assert (result.returncode, result.stderr) == (1, "store.py: No space left on device\n")
+    else:
+        assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_mistakes_of_store_py_say_what_to_write(call, users):
+    for words, wanted in {
+        "list": "write list ADDRESS",
+        "show alice": "write show ADDRESS N",
+        "hash x": "write hash",
+        "clear a b": "write clear [ADDRESS]",
+    }.items():
+        status, _, error = call("store.py", *words.split())
+        assert (status, error) == (2, f"store.py: {wanted} (--help shows the commands)\n")

@@ -156,3 +156,15 @@ def test_replies_to_a_batch_come_in_one_packet(smtp):
         client.send("NOOP\r\n" * 50)
         first = client.sock.recv(100_000)
     assert first == b"250 2.0.0 Ok\r\n" * 50
+
+
+def test_a_forgotten_dot_is_what_the_timeout_speaks_of(store):
+    with (
+        SMTPServer(("127.0.0.1", 0), store, timeout=0.3) as smtp,
+        Line(smtp.host, smtp.port) as client,
+    ):
+        client.reply()
+        for command in ("EHLO x", "MAIL FROM:<>", "RCPT TO:<alice@example.test>", "DATA"):
+            client.ask(command)
+        client.send("Subject: x\r\n\r\nhello\r\n")
+        assert client.reply() == "421 4.4.2 Timeout: no line with only a dot has ended the message"

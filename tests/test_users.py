@@ -2,12 +2,16 @@
 
 import logging
 import os
+import poplib
 import random
+import smtplib
 import threading
 import time
 
 import pytest
 
+from pop3d_simple import POP3Server
+from smtpd_simple import SMTPServer
 from store import Store, Users, UsersError, canonical, hash_password
 
 GOOD = """\
@@ -329,3 +333,19 @@ def test_a_reload_waits_until_the_file_is_written(tmp_path):
     while reload.is_alive():
         assert store.users.mailboxes("bob@a.test")
     assert store.users.mailboxes("carol@a.test")
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_cram_md5_is_offered_where_it_can_work(tmp_path, hashed):
+    password = hash_password("x") if hashed else "x"
+    store = Store(tmp_path, {"alice@a.test": password})
+    with (
+        SMTPServer(("127.0.0.1", 0), store) as smtp,
+        POP3Server(("127.0.0.1", 0), store) as pop3,
+        smtplib.SMTP(smtp.host, smtp.port) as client,
+    ):
+        client.ehlo()
+        assert ("CRAM-MD5" in client.esmtp_features["auth"]) is not hashed
+        client.login("alice", "x")
+        capa = poplib.POP3(pop3.host, pop3.port).capa()
+        assert ("CRAM-MD5" in capa["SASL"]) is not hashed

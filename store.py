@@ -884,11 +884,10 @@ class Store:
         None: it is not a message.  An unreadable file is one all the same: a client that
         synchronises by UIDL would take a missing one for deleted.
         """
-        with contextlib.suppress(OSError):
-            known = self.measured.get(path)
+        known = self.measured.get(path)
+        try:
             if known and known[0] == version_of(os.stat(path)):
                 return known[1]
-        try:
             fd, state = open_file(path)
         except FileNotFoundError:
             return None
@@ -1298,7 +1297,6 @@ def is_line(value: object) -> bool:
 # ---------------------------------------------------------------- what POP3 sees of a mailbox
 
 
-WIRE_SIZE = re.compile(r",W=([0-9]{1,18})(?:,|$)")
 PLAIN_UID = re.compile(rf"[!-~]{{1,{MAX_UID}}}")
 
 
@@ -1337,17 +1335,17 @@ class Maildrop:
 
     def take_snapshot(self) -> None:
         """List the messages with their sizes: from the name, or by looking into the file."""
-        self.names: list[str] = []
-        self.paths: list[str] = []
-        self.sizes: list[int] = []
         found = self.scan()
-        for name in sorted(found):
-            match = WIRE_SIZE.search(name)
-            size = int(match[1]) if match else self.measure(name, found)
-            if size is not None:
-                self.names.append(name)
-                self.paths.append(found[name])
-                self.sizes.append(size)
+        names = sorted(found)
+        sizes = [
+            int(size)
+            if (size := name.partition(",W=")[2]).isdecimal()
+            else self.measure(name, found)
+            for name in names
+        ]
+        self.names = [name for name, size in zip(names, sizes, strict=True) if size is not None]
+        self.sizes = [size for size in sizes if size is not None]
+        self.paths = list(map(found.__getitem__, self.names))
 
     def measure(self, name: str, found: dict[str, str]) -> int | None:
         """Return the size of a file whose name does not tell it, or None: it is not a message.
@@ -1365,13 +1363,12 @@ class Maildrop:
 
     def scan(self) -> dict[str, str]:
         """Return the paths of the files in new/ and cur/ by their names up to a `:`."""
-        found = {}
+        found: dict[str, str] = {}
         for sub in ("new", "cur"):  # in this order, so that a file moved meanwhile is seen
             folder = f"{self.folder}/{sub}"
             with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(folder):
-                    if name[0] != ".":
-                        found[name.partition(":")[0]] = f"{folder}/{name}"
+                names = [name for name in os.listdir(folder) if name[0] != "."]
+                found |= {name.partition(":")[0]: f"{folder}/{name}" for name in names}
         return found
 
     @functools.cached_property

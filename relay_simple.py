@@ -318,6 +318,8 @@ class Relay:
                 if self.queue_lock is not None:
                     self.refresh_queue()
                     pause = self.send_what_is_due()
+                    if self.unsaved:
+                        pause = min(pause, self.first_pause)
             except Exception:
                 self.log.exception("relay")
             self.store.queue_changed.wait(min(max(pause, 0.01), POLL_SECONDS))

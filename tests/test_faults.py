@@ -223,7 +223,7 @@ def keep_sending(port, who, acknowledged, pipelined):
 def test_kill_under_load(tmp_path, users):
     """Eight senders, SIGKILL at random moments: what was acknowledged is there once and whole, and no lock stays."""
     chance, acknowledged = random.Random(1939), []
-    for _ in range(30):
+    for _ in range(20):
         with Program(
             "--port", 0, "--pop3", 0, "--users", users, "--spool", tmp_path / "spool", count=2
         ) as program:

@@ -1262,7 +1262,7 @@ def test_a_stop_lets_a_transaction_end(stores):
         assert begun.wait(10)
         stopper = threading.Thread(target=a.stop)
         stopper.start()
-        stopper.join(2.5)
+        stopper.join(2.2)
         assert stopper.is_alive()
         go_on.set()
         stopper.join()

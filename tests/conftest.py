@@ -19,6 +19,15 @@ def no_delay(monkeypatch):
     monkeypatch.setattr(LineServer, "login_delay", 0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_once(tmp_path_factory):
+    """The programs that tests start need not compile the modules each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("pycache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left():
     """Every test ends with the threads that it began with."""

@@ -105,7 +105,7 @@ SLOW = {  # what a session has sent and goes on to send: never more than 256 KiB
 @pytest.mark.parametrize("what", SLOW)
 def test_memory_of_sessions_that_send_slowly(program, what):
     before, clients = memory_of(program.process.pid), []
-    for _ in range(60):
+    for _ in range(100):
         client = Line("127.0.0.1", program.ports["SMTP"])
         client.send(TO_ALICE + SLOW[what])
         clients.append(client)

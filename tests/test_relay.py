@@ -1225,9 +1225,6 @@ def hide_dsn(session, verb, argument):
 
 def test_a_message_that_cannot_be_read_is_not_the_hosts_fault(stores):
     hook = Intercept()
-    with pair(stores, {"first_pause": 1000}, {"intercept": hook}) as (a, _):
-        a.relay.stopping.set()
-        a.relay.thread.join()
     send_to_queue(stores[0])
     [entry] = stores[0].queued()
     path = f"{stores[0].queue_folder}/{entry.id}"

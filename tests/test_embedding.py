@@ -320,6 +320,7 @@ def test_queue_ids_are_unique_while_the_clock_stands_still(monkeypatch):
     assert len({new_id() for _ in range(10_000)}) == 10_000
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # it is the point
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
 def test_a_forked_child_keeps_no_lock_and_no_connection(store, pop3, deliver):
     deliver()

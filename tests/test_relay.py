@@ -1155,23 +1155,29 @@ def test_routes_and_etrn_know_a_domain_however_it_is_written(tmp_path):
             assert client.ask("ETRN xn--bcher-kva.example").startswith("253 ")
 
 
+class DiskFull:
+    """Stands for a function that finds the disk full some times, and works then."""
+
+    def __init__(self, real, times):
+        self.real, self.times = real, times
+
+    def __call__(self, *args):
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.real(*args)
+
+
 def test_a_message_that_cannot_be_reported_stays_queued(stores, monkeypatch):
     """A full disk at the moment of the report: it is written when there is room."""
-    real, failing = Relay.inject, [True, True]
-
-    def inject(*args):
-        if failing:
-            failing.pop()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(*args)
-
-    monkeypatch.setattr(Relay, "inject", inject)
     with pair(stores) as (a, _):
+        inject = DiskFull(a.relay.inject, 2)
+        monkeypatch.setattr(a.relay, "inject", inject)
         send_mail(a, ["nobody@b.example"])
         [report] = stores[0].wait("alice@a.example")
         assert empty(stores[0])
     assert report.get_payload(1).get_payload()[1]["Status"] == "5.1.1"
-    assert not failing
+    assert inject.times == 0
 
 
 @pytest.mark.parametrize("host", ["a..b", ".", "x" * 64 + ".test", "b\u00fccher..x", "a b", "a\0b"])
@@ -1188,34 +1194,17 @@ def test_a_next_host_is_named_in_ascii():
 @pytest.mark.parametrize("method", ["save_entry", "dequeue"])
 def test_a_success_is_reported_when_there_is_room_again(stores, monkeypatch, method):
     """One recipient is served, and neither the report nor the entry can be written just then."""
-    real, failing = Relay.inject, [True] * 2
-
-    def inject(*args):
-        if failing:
-            failing.pop()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(*args)
-
-    real_method, failing_too = getattr(stores[0], method), [True]
-
-    def fail(*args):
-        if failing_too:
-            failing_too.pop()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real_method(*args)
-
-    monkeypatch.setattr(Relay, "inject", inject)
-    monkeypatch.setattr(stores[0], method, fail)
-    hook = Intercept()
-    options = {"intercept": lambda *said: hide_dsn(*said) or hook(*said)}
+    options = {"intercept": hide_dsn}
     with pair(stores, b_options=options) as (a, _):
+        inject, write = DiskFull(a.relay.inject, 2), DiskFull(getattr(stores[0], method), 1)
+        monkeypatch.setattr(a.relay, "inject", inject)
+        monkeypatch.setattr(stores[0], method, write)
         send_mail(a, ["bob@b.example"], rcpt_options=["NOTIFY=SUCCESS"])
         [report] = stores[0].wait("alice@a.example")
         assert empty(stores[0])
     assert report.get_payload(1).get_payload()[1]["Action"] == "relayed"
     assert len(stores[1].messages("bob@b.example")) == 1
-    assert not failing
-    assert not failing_too
+    assert inject.times == write.times == 0
 
 
 def hide_dsn(session, verb, argument):

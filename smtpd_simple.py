@@ -8,12 +8,7 @@ RFC 5321 with the extensions that EHLO shows.  It is no open relay (mail for els
 and a route), no filter (octets go to disk as they came, behind our own trace fields), and it asks
 no DNS (but for the next host that the command line names).
 
-In a test:
-
-    store = Store("spool", {"alice@example.test": "wonderland"}, sync=False)
-    with SMTPServer(("127.0.0.1", 0), store) as smtp:
-        ...                                      # send something to smtp.host, smtp.port
-        [message] = store.wait("alice@example.test")
+In a test: `with SMTPServer(("127.0.0.1", 0), Store("spool", {...})) as smtp:`.
 
 A message's way: `SMTPHandler` reads commands and keeps an `Envelope`; DATA or BDAT pass the
 content, piece by piece, through `Content` into store.py's Delivery; then 250.  Mail for elsewhere
@@ -58,6 +53,7 @@ from store import (
     MAX_DOMAIN,
     MAX_LOCAL,
     Delivery,
+    HeaderScan,
     LineEnds,
     QueuedRecipient,
     QueueEntry,
@@ -90,9 +86,8 @@ QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*"'
 LETTER = r"[^\x00-/:-@\[-^`{-\x9f]"  # at the ends of a label; _ is common
 INNER = r"[^\x00-,./:-@\[-^`{-\x9f]"
 DOMAIN = rf"{LETTER}(?:{INNER}*{LETTER})?(?:\.{LETTER}(?:{INNER}*{LETTER})?)*"
-IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
 TAGGED = r"(?i:IPv6):[0-9A-Fa-f:.]+|[A-Za-z0-9-]*[A-Za-z0-9]:[!-Z^-~]+"
-LITERAL = rf"\[(?:{IPV4}|{TAGGED})\]"
+LITERAL = rf"\[(?:[0-9]{{1,3}}(?:\.[0-9]{{1,3}}){{3}}|{TAGGED})\]"
 MAILBOX = rf"({LOCAL_PART}|{QUOTED})(?:@({DOMAIN}|{LITERAL}))?"
 PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?{MAILBOX}>|{MAILBOX}(?=\s|$)")
 XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
@@ -106,23 +101,14 @@ MAIL_PARAMETERS = {  # what each may be; None: no value
     "ENVID": rf"(?:[!-*,-<>-~]|{HEXCHAR}){{1,100}}",  # RFC 3461 4.4
 }
 EVENT = "(?:SUCCESS|FAILURE|DELAY)"
-RCPT_PARAMETERS = {
-    "NOTIFY": rf"(?i:NEVER|{EVENT}(?:,{EVENT}){{0,2}})",  # RFC 3461 4.1
-    # RFC 3461 4.2, RFC 6533 3
+RCPT_PARAMETERS = {  # RFC 3461 4.1 and 4.2, RFC 6533 3
+    "NOTIFY": rf"(?i:NEVER|{EVENT}(?:,{EVENT}){{0,2}})",
     "ORCPT": rf"[A-Za-z0-9-]{{1,30}};{XTEXT}{{1,500}}|(?i:utf-8);(?:{XTEXT}|[^\x00-\x9f]){{1,500}}",
 }
 # A HELO name that can stand in `Received` as it is; some say localhost.(none).
 NAME = "[!#-'*+./0-9=?A-Z^-~-]"
 HELO_NAME = re.compile(rf"(?:{NAME}++|\({NAME}*+\))++|{LITERAL}")
 NODE = re.compile(rf"#[!-~]*|@?{DOMAIN}")
-
-# Header fields (RFC 5322 2.2); a name that is longer than a line may be is not one.
-FIELD = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
-FIRST_LINE = re.compile(rb">?From |%b" % FIELD)  # mbox's separator counts as a field
-NEXT_LINE = re.compile(rb"[ \t]|%b" % FIELD)
-HEADER_LINES = re.compile(rb"(?:(?:[ \t]|%b)[^\n]*\n)*+" % FIELD)  # possessive: no memory
-CUT_LINE = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # which may yet become a field
-RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
 
 
 # ---------------------------------------------------------------- pure helpers
@@ -157,11 +143,10 @@ def good_literal(text: str) -> bool:
     kind, colon, rest = text.partition(":")
     if colon and kind.lower() != "ipv6":
         return True
-    try:
-        socket.inet_pton(socket.AF_INET6 if colon else socket.AF_INET, rest if colon else text)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        family, address = (socket.AF_INET6, rest) if colon else (socket.AF_INET, text)
+        return bool(socket.inet_pton(family, address))
+    return False
 
 
 def parse_parameters(text: str, known: dict[str, Any]) -> dict[str, str | None]:
@@ -236,51 +221,6 @@ class Envelope:
         """Say whether one more recipient is taken: memory is bounded, whatever a client sends."""
         count = len(self.accepted)
         return count < MIN_RECIPIENTS or (count < MAX_RECIPIENTS and self.octets < MAX_ENVELOPE)
-
-
-class HeaderScan:
-    """Finds where a message's header ends, block by block, and counts its `Received` fields.
-
-    A message without a header, or whose header runs into its text, gets the empty line that is
-    missing before the first line that is neither a field nor a continuation (RFC 5322 2.1): what a
-    student types behind DATA is the body.  A message that has a header stays octet for octet.
-    """
-
-    def __init__(self) -> None:
-        self.held = b""  # the beginning of a line that may yet become a field
-        self.begun = False  # whether there was a field
-        self.in_line = False  # whether the last line of the header has not ended
-        self.ended = False
-        self.hops = 0
-
-    def feed(self, block: bytes) -> bytes:
-        """Return a block of CRLF lines with the empty line put in, if it is missing here."""
-        if self.ended:
-            return block
-        block, self.held, at = self.held + block, b"", 0
-        while self.in_line or (NEXT_LINE if self.begun else FIRST_LINE).match(block, at):
-            if not self.in_line:
-                self.begun = self.in_line = True
-                self.hops += RECEIVED.match(block, at) is not None
-            end = block.find(b"\n", at) + 1
-            if not end:
-                return block
-            self.in_line = False
-            lines = HEADER_LINES.match(block, end)
-            assert lines
-            self.hops += len(RECEIVED.findall(lines[0]))
-            at = lines.end()
-        if CUT_LINE.fullmatch(block, at):
-            self.held = block[at:]
-            return block[:at]
-        self.ended = True
-        if block.startswith(b"\r\n", at):
-            return block
-        return block[:at] + b"\r\n" + block[at:]
-
-    def end(self) -> bytes:
-        """Return what was held back, which is text."""
-        return b"\r\n" + self.held if self.held else b""
 
 
 class Content:
@@ -497,19 +437,10 @@ class SMTPHandler(LoginHandler):
         size = int(parameters.get("SIZE") or 0)
         if size > self.server.size_limit:
             raise Refused(f"552 5.3.4 Messages have at most {self.server.size_limit} octets here")
-        if size and size > self.free_space():
+        if size and size > self.server.store.free_space():
             raise Refused(str(self.replies["full"]))
         self.envelope = Envelope(sender, parameters)
         return f"250 2.1.0 Sender <{sender}> ok"
-
-    def free_space(self) -> float:
-        """Return how many octets the spool's disk has room for."""
-        import shutil
-
-        try:
-            return shutil.disk_usage(self.server.store.folder).free
-        except OSError:
-            return float("inf")
 
     def rcpt(self, argument: str) -> Reply:
         if self.envelope is None:
@@ -696,8 +627,7 @@ class SMTPHandler(LoginHandler):
             paths = content.delivery.commit(entry, published if self.server.on_message else None)
         except OSError as error:
             return self.store_failed(envelope.id, error)
-        to = ", ".join(envelope.recipients)
-        stored = envelope.id, envelope.sender, to, content.octets
+        stored = envelope.id, envelope.sender, ", ".join(envelope.recipients), content.octets
         self.log("queued as %s from <%s> to %s, %d octets", *stored)
         self.report_success(envelope, paths[0])
         return f"250 2.0.0 Ok: queued as {envelope.id}"
@@ -745,9 +675,9 @@ class SMTPHandler(LoginHandler):
         for path in paths:
             try:
                 self.server.on_message(envelope, path)
-            except BaseException as error:
-                if isinstance(error, Disconnect):
-                    raise
+            except Disconnect:
+                raise
+            except BaseException:
                 self.log_error("on_message", traceback=True)
 
     def report_success(self, envelope: Envelope, path: str) -> None:
@@ -790,8 +720,7 @@ class SMTPHandler(LoginHandler):
         members = self.server.store.users.members(name)
         if members is None:
             raise Refused("550 5.1.1 No such list")
-        lines = reply_lines("250", [f"2.1.5 <{member}>" for member in members])
-        return self.answer_query(lines, utf8)
+        return self.answer_query(reply_lines("250", [f"2.1.5 <{m}>" for m in members]), utf8)
 
     def vrfy_argument(self, argument: str, verb: str) -> tuple[str, bool]:
         """Return the name that VRFY or EXPN asks about, and whether SMTPUTF8 follows it.
@@ -894,11 +823,7 @@ class SMTPHandler(LoginHandler):
     help_texts = {
         "HELO": ("HELO your.host.name", "say who you are, without extensions; EHLO is better"),
         "EHLO": ("EHLO your.host.name", "say who you are and see what this server can do"),
-        "STARTTLS": (
-            "STARTTLS",
-            "encrypt the session; then EHLO again",
-            "nobody can by hand: use openssl s_client -starttls smtp -connect host:port",
-        ),
+        "STARTTLS": ("STARTTLS", "encrypt; by hand: openssl s_client -starttls smtp -connect ..."),
         "AUTH": ("AUTH LOGIN", "log in; name and password are asked for, in base64"),
         "MAIL": ("MAIL FROM:<you@example.test>", "begin a message: who sends it (<> is nobody)"),
         "RCPT": ("RCPT TO:<alice@example.test>", "who shall get it; once for each recipient"),
@@ -1052,8 +977,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_servers(args: "Namespace", store: Store, options: dict[str, Any]) -> list[LineServer]:
     """Open the listeners that the options name; raise ValueError or OSError."""
-    smtp = {name: getattr(args, name) for name in ("require_auth", "any_login", "size_limit")}
-    smtp |= options
+    names = ("require_auth", "any_login", "size_limit")
+    smtp = options | {name: getattr(args, name) for name in names}
     catch_all, route = args.catch_all, args.route
     first = SMTPServer(
         (args.host, args.port), store, relay=args.relay, route=route, catch_all=catch_all, **smtp

@@ -819,6 +819,15 @@ class Store:
             fields += f"X-Original-To: {recipient}\r\n"
         return Target(self.mailbox(account), fields.encode())
 
+    def free_space(self) -> float:
+        """Return how many octets the disk has room for."""
+        import shutil
+
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return float("inf")
+
     def rename(self, tmp: str, path: str) -> None:
         """Move a file from tmp/ to where it is a message."""
         try:
@@ -1451,6 +1460,9 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+# ---------------------------------------------------------------- the octets of a message
+
+
 def newline_kinds(data: bytes) -> str | tuple[str, ...] | None:
     r"""Return which of "\n", "\r" and "\r\n" end lines: None, one, or in this order, a tuple.
 
@@ -1527,6 +1539,60 @@ def to_crlf(read: Callable[[int], bytes], size: int = BLOCK) -> Iterator[bytes]:
         yield rest
     elif last != b"\n":
         yield b"\r\n"
+
+
+# Header fields (RFC 5322 2.2); a name that is longer than a line may be is not one.
+FIELD = rb"[!-9;-~]{1,998}[ \t]{0,998}:"
+FIRST_LINE = re.compile(rb">?From |%b" % FIELD)  # mbox's separator counts as a field
+NEXT_LINE = re.compile(rb"[ \t]|%b" % FIELD)
+HEADER_LINES = re.compile(rb"(?:(?:[ \t]|%b)[^\n]*\n)*+" % FIELD)  # possessive: no memory
+CUT_LINE = re.compile(rb"[!-9;-~]{0,998}[ \t]{0,998}\r?")  # which may yet become a field
+RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
+
+
+class HeaderScan:
+    """Finds where a message's header ends, block by block, and counts its `Received` fields.
+
+    A message without a header, or whose header runs into its text, gets the empty line that is
+    missing before the first line that is neither a field nor a continuation (RFC 5322 2.1): what a
+    student types behind DATA is the body.  A message that has a header stays octet for octet.
+    """
+
+    def __init__(self) -> None:
+        self.held = b""  # the beginning of a line that may yet become a field
+        self.begun = False  # whether there was a field
+        self.in_line = False  # whether the last line of the header has not ended
+        self.ended = False
+        self.hops = 0
+
+    def feed(self, block: bytes) -> bytes:
+        """Return a block of CRLF lines with the empty line put in, if it is missing here."""
+        if self.ended:
+            return block
+        block, self.held, at = self.held + block, b"", 0
+        while self.in_line or (NEXT_LINE if self.begun else FIRST_LINE).match(block, at):
+            if not self.in_line:
+                self.begun = self.in_line = True
+                self.hops += RECEIVED.match(block, at) is not None
+            end = block.find(b"\n", at) + 1
+            if not end:
+                return block
+            self.in_line = False
+            lines = HEADER_LINES.match(block, end)
+            assert lines
+            self.hops += len(RECEIVED.findall(lines[0]))
+            at = lines.end()
+        if CUT_LINE.fullmatch(block, at):
+            self.held = block[at:]
+            return block[:at]
+        self.ended = True
+        if block.startswith(b"\r\n", at):
+            return block
+        return block[:at] + b"\r\n" + block[at:]
+
+    def end(self) -> bytes:
+        """Return what was held back, which is text."""
+        return b"\r\n" + self.held if self.held else b""
 
 
 # ---------------------------------------------------------------- messages for tests and people

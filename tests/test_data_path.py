@@ -12,8 +12,7 @@ from helpers import END_OF_DATA, retrieve, send, with_empty_line
 import smtpd_simple
 from lineserver import dot_stuff, dot_unstuff
 from pop3d_simple import top
-from smtpd_simple import HeaderScan
-from store import Delivery, LineEnds, Target, to_crlf
+from store import Delivery, HeaderScan, LineEnds, Target, to_crlf
 
 HEADERS = {  # what is sent: what is stored
     b"": b"",

@@ -519,13 +519,13 @@ class Delivery:
 
     def flush(self) -> int:
         """Write what is buffered into the first target's file; return its descriptor."""
-        data, self.buffer = bytes(self.buffer), bytearray()
+        data, self.buffer = self.buffer, bytearray()
         self.size += len(data)
         self.tail = (self.tail + data[-2:])[-2:]
         if self.fd is None:
             assert self.first
             self.fd = self.create(self.first.folder)
-            data = self.first.header_fields + data
+            data[:0] = self.first.header_fields
         write_all(self.fd, data)
         return self.fd
 

@@ -474,7 +474,7 @@ def count_messages(count: int) -> str:
     return f"{count} message{'s' * (count != 1)}"
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | bytearray) -> None:
     """Write all of `data`; os.write() may stop half-way, for instance on a disk that fills up."""
     written = os.write(fd, data)
     while written < len(data):

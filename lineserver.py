@@ -745,6 +745,7 @@ class LoginHandler(LineHandler):
         if address:
             throttle.clear(host, account)
             self.log("logged in as %s", address)
+            self.mask_unknown = False
             return address
         delay = throttle.delay(host, account, self.server.login_delay)
         self.server.stopping.wait(delay)

@@ -213,3 +213,20 @@ def test_colours_on_a_terminal_only(monkeypatch):
         Trace(stream).line("SMTP", 1, "S", "550 no \x1b[2J")
         assert ("\x1b[31m" in stream.getvalue()) is wanted
         assert "\x1b[2J" not in stream.getvalue()
+
+
+def test_a_typing_error_behind_a_good_login_is_shown(smtp, pop3, timeline):
+    with Line(smtp.host, smtp.port) as client:
+        client.reply()
+        client.ask("EHLO x")
+        assert client.ask("AUTH PLAIN AGFsaWNlAHdvbmRlcmxhbmQ=").startswith("235")
+        client.ask("MIAL FROM:<>")
+    with Line(pop3.host, pop3.port) as client:
+        client.readline()
+        client.ask("USER alice")
+        client.ask("PASS wonderland")
+        client.ask("SATT")
+    assert [line for line in timeline.said("C") if line in ("MIAL FROM:<>", "SATT")] == [
+        "MIAL FROM:<>",
+        "SATT",
+    ]

@@ -74,7 +74,7 @@ SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 Reply = str | list[str] | None  # a line, several lines, or: the command has answered by itself
 Turn = Callable[[], AbstractContextManager[None]]  # held while a password hash is computed
-Answer = Callable[[bytes], str]  # what a client that knows this password would answer
+Answer = Callable[[bytes], str]  # a password's right answer to the challenge
 Path = str | os.PathLike[str]
 Hook = Callable[[Any, str, str], str | None]  # session, verb, argument; returns a reply or None
 
@@ -126,6 +126,7 @@ def printable(text: str) -> str:
 
 
 def escaped(char: str) -> str:
+    """Return one character as printable() writes it."""
     if char.isprintable():
         return char
     if "\udc80" <= char <= "\udcff":  # an octet that is not UTF-8
@@ -220,7 +221,7 @@ class LineReader:
     def __init__(self, sock: socket.socket, before_waiting: Callable[[], None]):
         self.sock = sock
         self.before_waiting = before_waiting
-        self.buffer = bytearray()  # what has arrived and was not read yet
+        self.buffer = bytearray()  # octets that have arrived and were not read yet
         self.seconds = 0.0  # the timeout that the socket has now
 
     def receive(self, seconds: float, size: int) -> bytes:
@@ -312,9 +313,9 @@ class LineHandler(socketserver.BaseRequestHandler):
 
     protocol: str  # its name, in log and trace
     commands: Mapping[str, Callable[[Any, str], Reply]]  # by verb
-    replies: Mapping[str, Any]  # what is said in the situations that this class meets
+    replies: Mapping[str, Any]  # by situation, such as "timeout"
     error_prefix: str  # how a refusal begins
-    reply_pattern: re.Pattern[str]  # what a reply looks like
+    reply_pattern: re.Pattern[str]  # of a hook's reply
     keep_spaces: frozenset[str] = frozenset()  # verbs whose argument keeps its spaces
     numbers = itertools.count(1)  # of sessions
 
@@ -621,7 +622,7 @@ class LoginHandler(LineHandler):
     def setup(self) -> None:
         super().setup()
         self.failed_logins = 0
-        self.mask_unknown = False  # what follows a login may be the rest of it, however it ended
+        self.mask_unknown = False  # behind a login an unknown command may be a password
 
     def may_log_in(self) -> bool:
         """Say whether a password may cross this connection."""

@@ -304,7 +304,7 @@ class POP3Handler(LoginHandler):
         try:
             blocks = to_crlf(functools.partial(os.read, fd), min(octets + 2, READ_BLOCK))
             stuffed = dot_stuff(blocks if lines is None else top(blocks, lines))
-            first = next(stuffed, b"")  # that a file can't be read has to be said before +OK
+            first = next(stuffed, b"")  # before +OK: behind it no error can be reported
             self.reply(reply.format(octets))
             self.send_blocks(first, stuffed)
         finally:

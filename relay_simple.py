@@ -238,10 +238,10 @@ class Relay:
         hosts_at_once: int = 20,
     ):
         check_option("relay", default, str, None)
-        check_option("first_pause", first_pause, int, float, least=0)
-        check_option("longest_pause", longest_pause, int, float, least=0)
-        check_option("lifetime", lifetime, int, float, least=0)
-        check_option("warn_after", warn_after, int, float, least=0)
+        pauses = {"first_pause": first_pause, "longest_pause": longest_pause}
+        ages = {"lifetime": lifetime, "warn_after": warn_after}
+        for name, value in (pauses | ages).items():
+            check_option(name, value, int, float, least=0)
         check_option("timeout", timeout, int, float, least=0.001)
         check_option("hosts_at_once", hosts_at_once, int, least=1)
         self.store = store
@@ -353,13 +353,8 @@ class Relay:
                 self.store.complain_once("%s can't be saved: %s", name, error)
 
     def load_entry(self, name: str) -> None:
-        """Load one entry; one that can't be read now is logged once, and looked at again."""
-        try:
-            entry = self.store.entry(name)
-        except OSError as error:
-            self.store.complain_once("%s.json can't be read: %s", name, error)
-            return
-        if entry:
+        """Load one entry; one that can't be read now is looked at again."""
+        if entry := self.store.readable_entry(name):
             for recipient in entry.recipients:
                 # The clock may have been wrong: nothing waits longer than the longest pause.
                 wait = min(recipient.next_try - time.time(), self.longest_pause)
@@ -745,7 +740,7 @@ def client_class() -> "type[SMTP]":
             try:
                 return read_reply(self.reader, self.timeout)
             finally:
-                self.reader.limit(self.timeout)  # what is sent next has all of the time
+                self.reader.limit(self.timeout)  # sending what follows has a deadline of its own
 
         def close(self) -> None:
             self.reader = None

@@ -73,7 +73,7 @@ __all__ = ["Disconnect", "Envelope", "Relay", "SMTPHandler", "SMTPServer", "Stor
 
 MAX_SIZE = 102_400_000  # octets of a message, as EHLO says (RFC 1870)
 MAX_RECIPIENTS = 1000  # RFC 5321 4.5.3.1.8 asks for 100; more are refused with 452
-MIN_RECIPIENTS = 100  # that are taken however long they are
+MIN_RECIPIENTS = 100  # accepted whatever their octets, RFC 5321 4.5.3.1.8
 MAX_ENVELOPE = 1 << 16  # octets of recipients' addresses and parameters beyond those
 MAX_HOPS = 50  # `Received` fields; RFC 5321 6.3 would allow 100
 READ_BLOCK = 1 << 16  # octets of a message that are read at once
@@ -92,7 +92,7 @@ MAILBOX = rf"({LOCAL_PART}|{QUOTED})(?:@({DOMAIN}|{LITERAL}))?"
 PATH = re.compile(rf"<(?:@{DOMAIN}(?:,@{DOMAIN})*:)?{MAILBOX}>|{MAILBOX}(?=\s|$)")
 XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 4
 
-MAIL_PARAMETERS = {  # what each may be; None: no value
+MAIL_PARAMETERS = {  # a pattern for each value; None: the parameter has none
     "SIZE": r"[0-9]{1,20}",  # RFC 1870
     "BODY": r"(?i:7BIT|8BITMIME)",  # RFC 6152
     "SMTPUTF8": None,  # RFC 6531
@@ -449,7 +449,7 @@ class SMTPHandler(LoginHandler):
             raise Refused("503 5.5.1 BDAT has begun; end it with LAST, or send RSET")
         if not self.envelope.has_room():
             return "452 4.5.3 Too many recipients; send the message again to the others"
-        self.envelope.refused += 1  # until it is accepted
+        self.envelope.refused += 1  # taken back below, when it is accepted
         address, rest = self.path(argument, "TO", "501 5.1.3")
         if not address:
             raise Refused("501 5.1.3 Bad recipient: <> reaches nobody; write TO:<name@domain>")

@@ -107,12 +107,8 @@ def parse_arguments(argv: list[str] | None, protocol: str) -> argparse.Namespace
     )
     parser = OptionParser(prog=program, description=about, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--host",
-        default="127.0.0.1",
-        metavar="H",
-        help="address or name to listen on (%(default)s)",
-    )
+    where = "address or name to listen on (%(default)s)"
+    add("--host", default="127.0.0.1", metavar="H", help=where)
     port = 1025 if smtp else 1110
     add("--port", type=port_number, default=port, metavar="P", help="0: a free one (%(default)s)")
     if smtp:

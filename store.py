@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
-    from argparse import Namespace
+    from argparse import ArgumentParser, Namespace
     from email.message import EmailMessage
     from email.policy import EmailPolicy
 
@@ -68,7 +68,10 @@ MAX_COMPARISONS = 10_000_000  # of lines with boundaries, a second's work; else 
 MAX_SHOWN = 10_000_000  # octets of a message that `show` looks into
 MAX_HEADER = 1 << 16  # octets of a message in which `list` looks for its header
 DEMO = {"alice@example.test": "wonderland", "bob@example.test": "builder"}  # as in users.txt
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # this file system knows no such thing
+NO_FOLDER_SYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+}  # from a file system on which no folder can be synced
 
 # Seconds that pass whatever is done to the clock: tests that freeze time patch time.monotonic.
 clock: Callable[[], float] = (
@@ -299,17 +302,17 @@ class Users:
         """Return the accounts behind one name, each once; a list within itself adds nothing."""
         if name not in self.accounts and name not in self.lists:
             return []
-        if name in self.expanded:
-            return self.expanded[name]
-        found, seen, left, start = {}, set(), [name], name
-        while left:
-            name = left.pop()
-            if name in self.accounts:
-                found[self.accounts[name]] = True
-            elif name in self.lists and name not in seen:
-                seen.add(name)
-                left += map(canonical, reversed(self.lists[name][1]))
-        return self.expanded.setdefault(start, list(found))
+        if name not in self.expanded:
+            found, seen, left = {}, set(), [name]
+            while left:
+                member = left.pop()
+                if member in self.accounts:
+                    found[self.accounts[member]] = True
+                elif member in self.lists and member not in seen:
+                    seen.add(member)
+                    left += map(canonical, reversed(self.lists[member][1]))
+            self.expanded[name] = list(found)
+        return self.expanded[name]
 
     def postmaster(self) -> list[str]:
         """Return who gets `<postmaster>`'s mail, which must reach somebody (RFC 5321 4.5.1)."""
@@ -502,7 +505,7 @@ class Delivery:
 
     def __init__(self, store: "Store", targets: Iterable[Target]):
         self.store = store
-        self.targets = iter(targets)  # those whose files are not begun: there may be thousands
+        self.targets = iter(targets)  # made one by one, for there may be thousands
         self.first = next(self.targets, None)
         self.buffer = bytearray()  # content that is not in a file yet
         self.size = 0  # octets of content
@@ -552,17 +555,7 @@ class Delivery:
         failure between two renames leaves some recipients served although the client is told to try
         again: a message twice, never one lost.
         """
-        fd = self.flush()
-        self.store.sync_file(fd)
-        assert self.first
-        [tmp] = self.pending
-        self.pending[tmp] = self.path(self.first)
-        for target in self.targets:
-            os.lseek(fd, len(self.first.header_fields), os.SEEK_SET)
-            content = iter(lambda: os.read(fd, BUFFER), b"")
-            self.write_file(target.folder, self.path(target), [target.header_fields], content)
-        self.close_file()
-        paths = list(self.pending.values())
+        paths = self.complete_files()
         if entry:
             self.write_entry(entry)
             self.orphan = f"{self.store.queue_folder}/{entry.id}"
@@ -581,6 +574,20 @@ class Delivery:
                 self.publish_entry(entry)
             self.store.announce(queued=entry is not None)
         return paths
+
+    def complete_files(self) -> list[str]:
+        """Finish the first target's file and copy it for the others; return what they will be."""
+        fd = self.flush()
+        self.store.sync_file(fd)
+        assert self.first
+        [tmp] = self.pending
+        self.pending[tmp] = self.path(self.first)
+        for target in self.targets:
+            os.lseek(fd, len(self.first.header_fields), os.SEEK_SET)
+            content = iter(lambda: os.read(fd, BUFFER), b"")
+            self.write_file(target.folder, self.path(target), [target.header_fields], content)
+        self.close_file()
+        return list(self.pending.values())
 
     def publish(self, paths: list[str]) -> None:
         """Rename files in tmp/ to what they will be called."""
@@ -671,7 +678,7 @@ class Store:
         self.queue_changed = threading.Event()
         self.durable: set[str] = set()  # folders whose names are on disk for certain
         self.measured: dict[str, tuple[tuple[int, int, int], int]] = {}  # path to version, size
-        self.complaints: set[str] = set()  # what has been logged once
+        self.complaints: set[str] = set()  # lines of complain_once()
         self.catch_all: str | bool | None = None
         self.users_lock = threading.Lock()
         self.users_path: str | None = None
@@ -1038,19 +1045,8 @@ class Store:
         return [name[:-5] for name in names if name.endswith(".json") and name[0] != "."]
 
     def queued(self) -> "list[QueueEntry]":
-        """Return the entries of the mail that waits for other hosts, oldest first.
-
-        One that can't be read now is logged once, and left out.
-        """
-        found = []
-        for name in self.queue_names():
-            try:
-                entry = self.entry(name)
-            except OSError as error:
-                self.complain_once("%s.json can't be read: %s", name, error)
-                continue
-            if entry:
-                found.append(entry)
+        """Return the entries of the mail that waits for other hosts, oldest first."""
+        found = [entry for name in self.queue_names() if (entry := self.readable_entry(name))]
         return sorted(found, key=lambda entry: (entry.arrival_time, entry.id))
 
     def entry_path(self, name: str) -> str:
@@ -1069,6 +1065,14 @@ class Store:
             return None
         except ValueError as error:
             self.complain_once("%s: not an entry: %s", path, error)
+            return None
+
+    def readable_entry(self, name: str) -> "QueueEntry | None":
+        """Return the same, and None for one that can't be read just now, which is logged once."""
+        try:
+            return self.entry(name)
+        except OSError as error:
+            self.complain_once("%s.json can't be read: %s", name, error)
             return None
 
     def entry_version(self, name: str) -> int | None:
@@ -1195,7 +1199,7 @@ class QueuedRecipient:
         self.next_try = 0.0  # seconds since 1970
         self.action = ""  # relayed, delayed, failed or delivered (RFC 3464 2.3.3)
         self.status = ""  # RFC 3463
-        self.diagnostic = ""  # what the next host said, or what went wrong
+        self.diagnostic = ""  # the next host's reply, or the fault
         self.remote = ""  # the next host, as reports name it
         self.warned = False  # whether a delay has been reported
         self.report_due = False
@@ -1944,6 +1948,12 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
     if args.command is None:
         parser.print_help()
         sys.exit(2)
+    take_words(parser, args)
+    return args
+
+
+def take_words(parser: "ArgumentParser", args: "Namespace") -> None:
+    """Read address and number behind the command; end the program when they don't fit it."""
     if args.command not in COMMANDS:
         parser.error(f"{args.command} is not a command")
     _, counts, usage = COMMANDS[args.command]
@@ -1954,7 +1964,6 @@ def parse_arguments(argv: list[str] | None) -> "Namespace":
     if number and not (number.isascii() and number.isdigit()):
         parser.error(f"{number} is not a message's number")
     args.number = int(number or 0)
-    return args
 
 
 def main(argv: list[str] | None = None) -> int:
